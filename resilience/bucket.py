@@ -19,6 +19,7 @@ import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from resilience.bulkhead import IN_LINE, URGENCY, Wake
 from resilience.errors import (
@@ -30,7 +31,7 @@ from resilience.errors import (
     refuse_unless_positive,
 )
 from resilience.keys import Keys
-from resilience.store import Argument, Call, Script, Store, default_store
+from resilience.store import Argument, Call, Exchange, Script, Store, default_store, together
 
 FLOORS = {"critical": 0.0, "high": 0.05, "normal": 0.15, "low": 0.30}
 """Priority -> share of the burst that it must leave to higher priorities."""
@@ -202,9 +203,8 @@ class TokenBucket:
         Raises NeverSatisfiable for an amount above the limit, InvalidValue for a negative or
         infinite amount and for an unknown limit or priority.
         """
-        grant, _ = self._take(
-            amounts=amounts, scope=scope, priority=priority, id=id, max_wait_s=max_wait_s
-        )
+        asked = self._taking(amounts, scope, priority, id, max_wait_s)
+        grant: Grant = together(self._store, asked)[0][0]
         if grant and grant.wait_s > 0:
             self._sleep(grant.wait_s)
         return grant
@@ -219,9 +219,8 @@ class TokenBucket:
         **amounts: float,
     ) -> Grant:
         """Do as `acquire` does, but wait without blocking the event loop."""
-        grant, _ = self._take(
-            amounts=amounts, scope=scope, priority=priority, id=id, max_wait_s=max_wait_s
-        )
+        asked = self._taking(amounts, scope, priority, id, max_wait_s)
+        grant: Grant = together(self._store, asked)[0][0]
         if grant and grant.wait_s > 0:
             await asyncio.sleep(grant.wait_s)
         return grant
@@ -244,17 +243,42 @@ class TokenBucket:
         priority.  At that time it may take the amounts up to n times, capped at 0.1 s of refill and
         a third of the burst.  A caller that `returns` from such a wait goes before new callers.
         """
-        line = f"{'back' if returns else 'new'}{URGENCY[priority]}" if in_line else ""
-        grant, _ = self._take(
-            amounts=amounts,
-            scope=scope,
-            priority=priority,
-            id=id,
+        asked = self.reserving(
             max_wait_s=max_wait_s,
-            line=line,
+            priority=priority,
+            scope=scope,
+            id=id,
+            in_line=in_line,
+            returns=returns,
+            **amounts,
+        )
+        grant: Grant = together(self._store, asked)[0]
+        return grant
+
+    def reserving(
+        self,
+        *,
+        max_wait_s: float = 0.0,
+        priority: str = "critical",
+        scope: str = "",
+        id: str = "",
+        in_line: int = 0,
+        returns: bool = False,
+        **amounts: float,
+    ) -> Exchange[Grant]:
+        """Return what `reserve` asks of Redis, to share a round trip with others."""
+        taking = self._taking(
+            amounts,
+            scope,
+            priority,
+            id,
+            max_wait_s,
+            line=f"{'back' if returns else 'new'}{URGENCY[priority]}" if in_line else "",
             times=in_line,
         )
-        return grant
+        return Exchange(
+            taking.call, lambda answer: taking.answered(answer)[0], lambda: taking.alone()[0]
+        )
 
     def lease(
         self, amount: float, most: float, *, priority: str = "critical"
@@ -263,16 +287,11 @@ class TokenBucket:
 
         Returns the grant and the additional amount.
         """
-        return self._take(
-            amounts={self._only(): amount},
-            scope="",
-            priority=priority,
-            id="",
-            max_wait_s=0.0,
-            most=most,
-        )
+        asked = self._taking({_only(self.rates): amount}, "", priority, "", 0.0, most=most)
+        taken: tuple[Grant, float] = together(self._store, asked)[0]
+        return taken
 
-    def _take(
+    def _taking(
         self,
         amounts: Mapping[str, float],
         scope: str,
@@ -283,10 +302,13 @@ class TokenBucket:
         line: str = "",
         times: int = 0,
         most: float = 0.0,
-    ) -> tuple[Grant, float]:
+    ) -> Exchange[tuple[Grant, float]]:
         if priority not in FLOORS:
             raise InvalidValue("priority", priority, f"must be one of {', '.join(FLOORS)}")
-        limits, id = self._limits(amounts or {self._only(): 1}, scope), id or secrets.token_hex(8)
+        limits, id = (
+            self._limits(amounts or {_only(self.rates): 1}, scope),
+            id or secrets.token_hex(8),
+        )
         # A bucket made before a fork is another taker in each child.
         taker = f"{self._taker}:{os.getpid()}"
         args: list[Argument] = [
@@ -304,27 +326,29 @@ class TokenBucket:
             args.append(
                 f"[{','.join([repr(float(number)) for number in numbers])},{owed},{hold_us}]"
             )
-        try:
-            [[granted, wait, at, extra, takers]] = self._store.call(
-                self._call(_TAKE, limits, id, *args), on_outage="patient"
-            )
-        except StoreUnavailable:
+
+        def answered(answer: list[Any]) -> tuple[Grant, float]:
+            granted, wait, at, extra, takers = answer
+            self._takers = int(takers)
+            for each in limits:
+                self._shares.pop(each.key, None)
+            if not granted:
+                by, held_until = limits[int(at) - 1].name, int(extra) / 1e6
+                return Grant(False, int(wait) / 1e6, limited_by=by, held_until=held_until), 0.0
+            return Grant(
+                granted=True,
+                wait_s=int(wait) / 1e6,
+                at=int(at) / 1e6,
+                limited_by="",
+                id=id,
+                _settle=lambda used: self._settle(limits, id, used),
+            ), float(extra)
+
+        def alone() -> tuple[Grant, float]:
             self._store.decided_alone("bucket")
             return self._locally(limits, max_wait_s), 0.0
-        self._takers = int(takers)
-        for each in limits:
-            self._shares.pop(each.key, None)
-        if not granted:
-            by = limits[int(at) - 1].name
-            return Grant(False, int(wait) / 1e6, limited_by=by, held_until=int(extra) / 1e6), 0.0
-        return Grant(
-            granted=True,
-            wait_s=int(wait) / 1e6,
-            at=int(at) / 1e6,
-            limited_by="",
-            id=id,
-            _settle=lambda used: self._settle(limits, id, used),
-        ), float(extra)
+
+        return Exchange(self._call(_TAKE, limits, id, *args), answered, alone)
 
     def _limits(self, amounts: Mapping[str, float], scope: str) -> list[_Limit]:
         unknown = [name for name in amounts if name not in self.rates and name not in self.scoped]
@@ -350,11 +374,6 @@ class TokenBucket:
                     f"{each.name} of bucket {self.name}", each.amount, each.rate.limit
                 )
         return chosen
-
-    def _only(self) -> str:
-        if len(self.rates) != 1:
-            raise InvalidValue("amounts", {}, f"give an amount for each: {', '.join(self.rates)}")
-        return next(iter(self.rates))
 
     def _about(self, limit: _Limit) -> tuple[Argument, ...]:
         rate = limit.rate
@@ -482,6 +501,12 @@ class TokenBucket:
         if limit.key not in self._shares:
             self._shares[limit.key] = LocalShare(limit.rate, self._takers, self._store.clock)
         return self._shares[limit.key]
+
+
+def _only(rates: Mapping[str, Rate]) -> str:
+    if len(rates) != 1:
+        raise InvalidValue("amounts", {}, f"give an amount for each: {', '.join(rates)}")
+    return next(iter(rates))
 
 
 class LocalShare:

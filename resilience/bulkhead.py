@@ -38,7 +38,7 @@ from resilience.errors import (
 )
 from resilience.faults import classify
 from resilience.keys import Keys
-from resilience.store import Argument, Call, Script, Store, default_store
+from resilience.store import Argument, Call, Exchange, Script, Store, default_store, together
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -49,6 +49,8 @@ Begin = Callable[..., Ended]
 
 LEASE_S = 60.0
 """Lease of a permit; the longest call that other orchestrators allow to a provider."""
+ASK_AGAIN_S = 0.1
+"""A process that was denied does not ask again for this time, unless one of its calls ends."""
 POLL_S = 0.02
 """Longest time between two tries of a caller that waits for a permit."""
 URGENCY = {"critical": 0, "high": 1, "normal": 2, "low": 3}
@@ -68,14 +70,28 @@ class Aimd:
     """A limit that adapts to the capacity of a service, from `start` up to `most`.
 
     It grows by one for each round of successful calls, and falls by a tenth on timeouts, 429 and
-    5xx.
+    5xx.  A round is as many calls as the limit.
+
+    With `slow_s` it also follows the time of calls, and finds the capacity within a few rounds:
+
+    - It is multiplied by 2 to 8 for each round, while calls take no longer than with few in flight.
+    - It grows by one, or a quarter, while they take longer, but less than `slow_s` seconds.
+    - It is halved when they take longer, and more than `slow_s`.  So a queue in the service is kept
+      short.
+    - It is halved when more than a quarter of a round ends with a timeout, 429 or 5xx.  A tenth is
+      enough if the other calls take more than `slow_s`.
+
+    Set `slow_s` to about a quarter of the calls' time limit.
     """
 
     start: float = 20.0
     most: float = 200.0
+    slow_s: float | None = None
 
     def __post_init__(self) -> None:
         _ordered("start", self.start, self.most)
+        if self.slow_s is not None:
+            refuse_unless_positive("slow_s", self.slow_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,9 +145,19 @@ class Permit:
 
     def release(self, error: BaseException | None = None) -> None:
         """Give the permit back, with the error of a failed call.  A second call does nothing."""
+        together(self._bulkhead.store, *self.releasing(error))
+
+    def withdraw(self) -> None:
+        """Give back the permit of a call that was not made; an adaptive limit ignores it."""
+        self.release(asyncio.CancelledError())
+
+    def releasing(self, error: BaseException | None = None) -> list[Exchange[int]]:
+        """Return what `release` asks of Redis, to share a round trip with others.
+
+        It is empty for a permit that was denied, given back before, or `local`.
+        """
         name, self.name = self.name, ""
-        if name:
-            self._bulkhead.give_back(name, error, local=self.local)
+        return self._bulkhead.returning(name, error, local=self.local) if name else []
 
 
 class Bulkhead:
@@ -160,7 +186,7 @@ class Bulkhead:
         Raises InvalidValue.
         """
         refuse_unless_name("name", name)
-        self.name, self._store, self._lease_s = name, store or default_store(), lease_s
+        self.name, self.store, self._lease_s = name, store or default_store(), lease_s
         moving = _moving(limit)
         for field, value in (
             ("limit", _base(moving)),
@@ -170,7 +196,9 @@ class Bulkhead:
             refuse_unless_positive(field, value)
         self._limit, self._per_host = moving, per_host or 0
         self._host, self._wake, self._sleep = _plain(host or os.uname().nodename), wake, sleep
-        self._keys = Keys(self._store.namespace).bulkhead(name)
+        self._keys = Keys(self.store.namespace).bulkhead(name)
+        self.limit = _base(moving)  # as last known
+        self._full_until, self._spare = 0.0, 0.0  # see `is_known_full`
         self._held = 0  # by this process
         self._alone: int | None = None  # permits that it may hold while Redis is away
 
@@ -206,13 +234,21 @@ class Bulkhead:
             raise InvalidValue("weight", weight, "must be a number above 0")
         if weight > (most := min(capacity(self._limit), self._per_host or float("inf"))):
             raise NeverSatisfiable(f"bulkhead {self.name}", weight, most)
-        until = self._store.clock() + max_wait_s
-        while (
-            not (permit := self._take(weight, host, waiter, urgency))
-            and self._store.clock() < until
-        ):
-            self._sleep(POLL_S * self._store.random.uniform(0.5, 1.0))
-        return permit
+        until = self.store.clock() + max_wait_s
+        while True:
+            asked = self.taking(weight=weight, host=host, waiter=waiter, urgency=urgency)
+            permit: Permit = together(self.store, asked)[0]
+            if permit or self.store.clock() >= until:
+                return permit
+            self._sleep(POLL_S * self.store.random.uniform(0.5, 1.0))
+
+    @property
+    def is_known_full(self) -> bool:
+        """Whether it denied a call of this process within 0.1 s, and none has ended here since.
+
+        To ask it again would be in vain, most likely.
+        """
+        return self._spare <= 0 and self.store.clock() < self._full_until
 
     def waits(self, waiter: str) -> Call:
         """Return the call that answers whether a waiter still stands in the line."""
@@ -221,7 +257,7 @@ class Bulkhead:
     def stands(self, waiter: str) -> bool:
         """Whether a waiter still stands in the line; true while Redis is away."""
         try:
-            return bool(self._store.call(self.waits(waiter), on_outage="patient")[0])
+            return bool(self.store.call(self.waits(waiter), on_outage="patient")[0])
         except StoreUnavailable:
             return True
 
@@ -234,7 +270,10 @@ class Bulkhead:
             noted=permit.noted,
         )
 
-    def _take(self, weight: float, host: str, waiter: str, urgency: int) -> Permit:
+    def taking(
+        self, *, weight: float = 1.0, host: str = "", waiter: str = "", urgency: int = 0
+    ) -> Exchange[Permit]:
+        """Return what `acquire` asks of Redis, to share a round trip with others."""
         host, size = _plain(host or self._host), f"{weight:.15g}"
         name = f"{self.owner}|{host}|{size}|{secrets.token_hex(6)}"
         shrink_ms = (
@@ -247,24 +286,29 @@ class Bulkhead:
             int(self._lease_s * 1000),
             _base(self._limit),
             self._per_host,
-            self._kind,
+            _kind(self._limit),
             capacity(self._limit),
             shrink_ms,
             waiter,
             urgency,
         )
-        try:
-            [[granted, _, _, wait_ms]] = self._store.call(
-                Call(_TAKE, self._keys, args), on_outage="patient"
-            )
-        except StoreUnavailable:
-            self._store.decided_alone("bulkhead")
+
+        def answered(answer: list[Any]) -> Permit:
+            granted, _, limit, wait_ms = answer
+            self._alone = None
+            self.limit = float(limit)
+            if not granted:
+                self._full_until, self._spare = self.store.clock() + ASK_AGAIN_S, 0.0
+                return Permit(self, "", max(POLL_S, int(wait_ms) / 1000), noted=bool(waiter))
+            self._held += 1
+            self._spare -= weight
+            return Permit(self, name)
+
+        def alone() -> Permit:
+            self.store.decided_alone("bulkhead")
             return self._take_alone(name)
-        self._alone = None
-        if not granted:
-            return Permit(self, "", max(POLL_S, int(wait_ms) / 1000), noted=bool(waiter))
-        self._held += 1
-        return Permit(self, name)
+
+        return Exchange(Call(_TAKE, self._keys, args), answered, alone)
 
     def _take_alone(self, name: str) -> Permit:
         """Return a permit up to the number that this process held when Redis was lost, at least 1.
@@ -278,51 +322,63 @@ class Bulkhead:
         self._held += 1
         return Permit(self, name, local=True)
 
-    @property
-    def _kind(self) -> str:
-        return {Aimd: "aimd", Elastic: "elastic"}.get(type(self._limit), "fixed")
-
     # --- giving back ---------------------------------------------------------------------------
 
     def give_back(
         self, permit: str, error: BaseException | None = None, *, local: bool = False
     ) -> None:
         """Give a permit back by its name.  While Redis is away, the end of its lease frees it."""
+        together(self.store, *self.returning(permit, error, local=local))
+
+    def returning(
+        self, permit: str, error: BaseException | None, *, local: bool
+    ) -> list[Exchange[int]]:
+        """Return what `give_back` asks of Redis, to share a round trip with others."""
         self._held -= 1
-        if not local:
-            dropped = error is not None and classify(error).category in _DROPS
-            self._release(permit, self.owner, "dropped" if dropped else "ok")
+        if local:
+            return []
+        outcome = "ok" if error is None else "failed"
+        if error is not None and classify(error).category in _DROPS:
+            outcome = "dropped"
+        return [self._releasing(permit, self.owner, outcome)]
 
     def forget(self, owner: str) -> int:
         """Give back all permits of a process that has died (see `owner`), and return their
         number.
         """
-        return self._release("", owner, "ok")
+        [held] = together(self.store, self._releasing("", owner, "failed"))
+        return int(held)
 
-    def _release(self, permit: str, owner: str, outcome: str) -> int:
+    def _releasing(self, permit: str, owner: str, outcome: str) -> Exchange[int]:
+        slow_s = self._limit.slow_s if isinstance(self._limit, Aimd) else None
         args = (
             permit,
             owner,
             outcome,
             int(self._lease_s * 1000),
-            self._kind,
+            _kind(self._limit),
             _base(self._limit),
             capacity(self._limit),
+            int((slow_s or 0) * 1000),
         )
-        try:
-            [[held, _, *waiters]] = self._store.call(
-                Call(_RELEASE, self._keys, args), on_outage="patient"
-            )
-        except StoreUnavailable:
-            return 0
-        call_up(self._store, self._keys[3], self._wake, [each.decode() for each in waiters])
-        return int(held)
+
+        def answered(answer: list[Any]) -> int:
+            held, limit, *waiters = answer
+            self._spare += held
+            if float(limit) > self.limit:
+                self._full_until = 0.0
+            self.limit = float(limit)
+            call_up(self.store, self._keys[3], self._wake, [each.decode() for each in waiters])
+            return int(held)
+
+        return Exchange(Call(_RELEASE, self._keys, args), answered, lambda: 0)
 
     def status(self) -> dict[str, float]:
         """Return the numbers ``used``, ``limit`` and ``waiting``.  Raises StoreUnavailable."""
         permits, about, _, waiting = self._keys
-        [[used, limit, waits]] = self._store.call(
-            Call(_STATUS, (permits, about, waiting), (_base(self._limit),)), on_outage="patient"
+        [[used, limit, waits]] = self.store.call(
+            Call(_STATUS, (permits, about, waiting), (_base(self._limit), _kind(self._limit))),
+            on_outage="patient",
         )
         return {"used": float(used), "limit": float(limit), "waiting": int(waits)}
 
@@ -583,6 +639,10 @@ def _base(limit: float | Aimd | Elastic) -> float:
         if isinstance(limit, Elastic)
         else limit
     )
+
+
+def _kind(limit: float | Aimd | Elastic) -> str:
+    return {Aimd: "aimd", Elastic: "elastic"}.get(type(limit), "fixed")
 
 
 def capacity(limit: float | str | Aimd | Elastic | None, field: str = "limit") -> float:

@@ -8,6 +8,7 @@ the classes of its connections.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import logging
@@ -19,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from random import Random
-from typing import Any, Literal, overload
+from typing import Any, Generic, Literal, TypeVar, overload
 
 import redis
 from redis.backoff import NoBackoff
@@ -59,6 +60,7 @@ FIRST_WAIT_S, LONGEST_WAIT_S = 0.05, 1.0
 long, up to the longest.
 """
 
+T = TypeVar("T")
 Argument = str | int | float | bytes
 OnOutage = Literal["raise", "answer", "patient", "wait"]
 
@@ -108,6 +110,17 @@ class Call:
     keys: Sequence[str]
     args: Sequence[Argument]
     otherwise: Any = ...  # an ellipsis: there is no other answer
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange(Generic[T]):
+    """A call of a guard, with the meaning of its answer.  See `together`."""
+
+    call: Call
+    answered: Callable[[Any], T]
+    """Returns the guard's result for an answer."""
+    alone: Callable[[], T]
+    """Returns the result that the guard chooses without an answer."""
 
 
 class Store:
@@ -427,6 +440,30 @@ class Store:
         for command in commands:
             pipe.execute_command(*command)  # type: ignore[no-untyped-call]
         return pipe.execute(raise_on_error=False)
+
+
+def together(store: Store, *asked: Call | Exchange[Any]) -> list[Any]:
+    """Make calls in one round trip; return the answers of plain calls and the results of guards.
+
+    While Redis is away each guard decides alone, and the answer of a plain call is None.  The same
+    holds for a call whose own record is damaged.
+    """
+    if not asked:
+        return []
+    exchanges = [each if isinstance(each, Exchange) else _plain(each) for each in asked]
+    calls = [dataclasses.replace(each.call, otherwise=None) for each in exchanges]
+    try:
+        answers = store.call(*calls, on_outage="patient")
+    except StoreUnavailable:
+        answers = [None] * len(calls)
+    return [
+        each.alone() if answer is None else each.answered(answer)
+        for each, answer in zip(exchanges, answers, strict=True)
+    ]
+
+
+def _plain(call: Call) -> Exchange[Any]:
+    return Exchange(call, lambda answer: answer, lambda: None)
 
 
 _ADD_ALONE, _READ_ALONE = (Script.load("resilience", f"alone_{verb}") for verb in ("add", "read"))

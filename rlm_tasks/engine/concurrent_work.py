@@ -15,8 +15,9 @@ import os
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
+from resilience.bulkhead import ASK_AGAIN_S
 from resilience.degradation import IN_FORCE, Degradation
-from resilience.errors import CallTimeout, Denied, is_a
+from resilience.errors import BulkheadFull, CallTimeout, Denied, is_a
 from rlm_tasks.engine.guards import PATIENCE_S, Postponed, wait_of
 from rlm_tasks.engine.shared_page import SEVERAL_ITEMS
 from rlm_tasks.engine.work import Work
@@ -25,8 +26,6 @@ from rlm_tasks.jobs.stored_items import Unreadable
 from rlm_tasks.operations.context import Context
 from rlm_tasks.operations.ports import CallGuards
 
-ASK_AGAIN_S = 0.1
-"""A sleeping item asks its guard again after this: the guard wakes nodes, not single items."""
 STEPS_TO_SEND = 6
 """Turns of the event loop that a started item gets before the next item asks its guards.
 
@@ -57,6 +56,7 @@ class ConcurrentWork(Work):
         self._denied: Postponed | None = None  # the wait of the next item, which a guard denied
         self._denied_index = -1
         self._not_before = 0.0  # no item starts before this time
+        self._wants_permit = False  # a bulkhead denied the next item while others were in flight
         self._stopped_at = float("inf")
         outcomes: dict[int, Any] = {}
         launched = self.at
@@ -67,6 +67,8 @@ class ConcurrentWork(Work):
                 for index in [index for index, task in self._in_flight.items() if task.done()]:
                     outcomes[index] = self._in_flight.pop(index)
                     self.ahead[_kind_of(outcomes[index])] += 1
+                    if self._wants_permit:
+                        self._not_before = 0.0  # the item has given a permit back
                 self._record(outcomes)
                 self.would_repeat = bool(self._sleeping) and (
                     bool(outcomes) or len(self._in_flight) > len(self._sleeping)
@@ -163,20 +165,32 @@ class ConcurrentWork(Work):
                 elif (fallback := self._guards.instead_of(error)) is not None:
                     run = functools.partial(self._run_fallback, fallback, item, context)
                 else:
-                    self._denied = wait
-                    self._not_before = self._clock() + wait.wait_s
-                    self.refused, self._denied_index = True, index
+                    self._deny(index, wait, error)
                     return False
         self._in_flight[index] = asyncio.ensure_future(self._timed(context, run))
         return True
+
+    def _deny(self, index: int, wait: Postponed, denied: BaseException) -> None:
+        """Note that the next item has to wait.
+
+        A permit may be free at any time, and wakes nodes, not items in a running node: ask soon.
+        """
+        self._denied, self._denied_index, self.refused = wait, index, True
+        self._wants_permit = is_a(denied, BulkheadFull) and bool(self._in_flight)
+        wait_s = min(wait.wait_s, ASK_AGAIN_S) if self._wants_permit else wait.wait_s
+        self._not_before = self._clock() + wait_s
 
     def _enter(
         self, guards: CallGuards, item: Any, context: Context
     ) -> Callable[[], Awaitable[Any]]:
         """Return the call of an item that holds its guards.  Raises Denied."""
         waiter = self._waiter(context.index)
+        context.beside = len(self._in_flight)
         held = guards.enter(item, context, waiter)
-        context.rest = 1  # if it asks again, it asks for itself only
+        if self._wants_permit and context.index == self._denied_index:
+            self.refused = False
+        # If it asks again, it asks for itself only, and its node may stand in a line.
+        context.rest, context.beside = 1, 0
         return functools.partial(
             guards.call_async,
             item,

@@ -109,6 +109,14 @@ def wait_of(error: BaseException, tries: int = 0) -> Postponed | None:
         return None
 
 
+def line_of(context: Context, waiter: str) -> str:
+    """Return the waiter for the line of a bulkhead, '' for an item that joins no line.
+
+    A node with items in flight asks again when one of them ends, so nobody has to wake it.
+    """
+    return "" if context.beside else waiter
+
+
 @dataclass(slots=True)
 class HeldGuards:
     """The grant, the admission and the permit that one call holds."""
@@ -158,7 +166,7 @@ class OperationGuards:
             if self._bulkhead is not None:
                 weight = self._weight(item, context)
                 held.permit = self._bulkhead.acquire(
-                    weight=weight, waiter=waiter, urgency=self._urgency
+                    weight=weight, waiter=line_of(context, waiter), urgency=self._urgency
                 )
                 if not held.permit:
                     raise self._bulkhead.full(held.permit)
@@ -502,8 +510,8 @@ class ProcessGuards:
 
     def forget(self, pid: int) -> None:
         """Give back the permits of all bulkheads that a dead process of this machine held."""
-        for name in registry.names():
-            if (bulkhead := self.bulkhead(registry.get(name).protection)) is not None:
+        for protection in registry.protections(self.settings):
+            if (bulkhead := self.bulkhead(protection)) is not None:
                 bulkhead.forget(bulkhead.owner_of(pid))
 
     def retry_of(self, operation: str, protection: Protection) -> Retry | None:

@@ -15,6 +15,7 @@ from msgspec import structs
 from pydantic import SecretStr
 
 from resilience.bucket import Rate, TokenBucket
+from resilience.bulkhead import Aimd
 from resilience.single_flight import SingleFlight
 from rlm_tasks.llm.endpoint import Endpoint
 from rlm_tasks.llm.endpoint_health import EndpointHealth
@@ -27,6 +28,7 @@ from scheduler.routing import Router
 
 if TYPE_CHECKING:
     from resilience.breaker import CircuitBreaker
+    from resilience.bulkhead import Bulkhead
     from resilience.store import Call
     from rlm_tasks.engine.guards import ProcessGuards
     from rlm_tasks.llm.draft import Draft
@@ -34,6 +36,12 @@ if TYPE_CHECKING:
 
 BREAKER = "client"
 """The preset of endpoints' breakers: 5 failures in a row, 30 s, 3 probes."""
+FIRST_IN_FLIGHT, MOST_IN_FLIGHT = 2, 10_000
+"""The first and the largest limit of calls in flight at an endpoint whose limit adapts."""
+SLOW_SHARE = 1 / 4
+"""The share of a call's time limit from which waiting in the provider counts as overload.
+
+The limit may double before the next calls show their time, and still none of them times out."""
 BURST_SHARE = 1 / 12
 """The share of a window's limit that calls may take at once.
 
@@ -81,11 +89,24 @@ def _in_windows(settings: LlmSettings, limits: Mapping[str, float]) -> dict[str,
     }
 
 
+def protection_of(endpoint: EndpointSettings, settings: LlmSettings) -> Protection:
+    """Return the breaker of an endpoint, and its limit of calls in flight."""
+    in_flight = endpoint.in_flight
+    return Protection(
+        service_of(endpoint.name),
+        breaker=BREAKER,
+        bulkhead=Aimd(FIRST_IN_FLIGHT, MOST_IN_FLIGHT, settings.timeout_s * SLOW_SHARE)
+        if in_flight == "auto"
+        else in_flight,
+        timeout_s=2 * settings.timeout_s,  # a permit must last longer than a call
+    )
+
+
 def protections(settings: LlmSettings) -> Iterator[Protection]:
-    """Yield the breaker of each endpoint, and the limits of each model and key, to show them."""
+    """Yield the guards of each endpoint, and the limits of each model and key, to show them."""
     tiers = dict.fromkeys((settings.small, settings.medium, settings.large))
     for each in settings.endpoints_or_default:
-        yield Protection(service_of(each.name), breaker=BREAKER)
+        yield protection_of(each, settings)
         for model in tiers:
             if not each.models or model in each.models:
                 yield Protection(f"llm:{each.key_env}:{model}", rate_limit=rates(settings, model))
@@ -187,14 +208,25 @@ class EndpointPool:
 
     def breaker(self, name: str) -> CircuitBreaker | None:
         """Return the breaker of an endpoint; None if breakers are off."""
-        return self._guards.breaker(Protection(service_of(name), breaker=BREAKER))
+        return self._guards.breaker(protection_of(self.endpoints[name], self.settings))
+
+    def bulkhead(self, name: str) -> Bulkhead | None:
+        """Return the shared limit of an endpoint's calls in flight; None if it is off."""
+        return self._guards.bulkhead(protection_of(self.endpoints[name], self.settings))
+
+    def full(self) -> Bulkhead | None:
+        """Return a limit of calls in flight if those of all endpoints are known to be reached."""
+        limits = [self.bulkhead(name) for name in self.endpoints]
+        return (
+            limits[0] if all(each is not None and each.is_known_full for each in limits) else None
+        )
 
     def lines(self, waiter: str) -> list[Call]:
         """Return the calls that answer whether a waiter stands in the line of a guard."""
-        breakers = [self.breaker(name) for name in self.endpoints]
+        guards = [*map(self.breaker, self.endpoints), *map(self.bulkhead, self.endpoints)]
         return [
             *(each.waits(waiter) for each in self._buckets.values()),
-            *(each.waits(waiter) for each in breakers if each is not None),
+            *(each.waits(waiter) for each in guards if each is not None),
         ]
 
     def bucket(self, endpoint: EndpointSettings, model: str) -> TokenBucket:

@@ -1,4 +1,4 @@
-"""The guards of a call to a model: single flight, budget, rate limit and breaker of an endpoint.
+"""The guards of a call to a model: single flight, budget, and the guards of an endpoint.
 
 The engine enters and leaves a `Gate` as it does the guards of any operation; the operation awaits
 `Gate.reply`.  Other operations declare their guards; those of a model depend on each item's tier
@@ -7,7 +7,7 @@ and on the health of endpoints.  The order, outermost first:
 - the deadline and retry, as for every item;
 - *single flight* with memos and cache: an answer that is known or on its way costs nothing;
 - the *budget* of the job;
-- for one endpoint after the other, its *rate limit* and its *breaker*.
+- for one endpoint after the other, its *rate limit*, its *breaker*, and a *permit* of its bulkhead.
 
 If an inner guard denies the call, the outer ones take their grants back.
 """
@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from resilience.bulkhead import URGENCY
+from resilience.bulkhead import ASK_AGAIN_S, URGENCY
 from resilience.degradation import Strategy
 from resilience.errors import BulkheadFull, Category, Denied, RateLimited, StoreUnavailable
 from resilience.retry import RetryPolicy
-from resilience.store import Call
-from rlm_tasks.engine.guards import PATIENCE_S, OperationGuards, ProcessGuards
+from resilience.store import Call, together
+from rlm_tasks.engine.guards import PATIENCE_S, OperationGuards, ProcessGuards, line_of
 from rlm_tasks.jobs import codec
 from rlm_tasks.ledger.budgets import account_of
 from rlm_tasks.llm.draft import Draft, digest, models_for
@@ -40,6 +40,8 @@ from rlm_tasks.llm.wire.errors import NoAnswerText, UnusableAnswer
 from rlm_tasks.operations.protection import Protection
 
 if TYPE_CHECKING:
+    from resilience.breaker_storage import Admission
+    from resilience.bulkhead import Bulkhead, Permit
     from rlm_tasks.jobs.spec import JobSpec
     from rlm_tasks.operations.context import Context
     from rlm_tasks.operations.registry import Operation
@@ -114,6 +116,8 @@ class Gate(OperationGuards):
         pool = self._pool
         if pool.is_full:
             raise BulkheadFull("pool", PATIENCE_S, "this process has its limit of calls in flight")
+        if (context.beside or not waiter) and (full := pool.full()) is not None:
+            raise _full(full)
         estimated = draft.estimated
         models = models_for(
             draft.tier,
@@ -235,7 +239,7 @@ class Gate(OperationGuards):
     def _take_endpoint(
         self, held: HeldCall, name: str, waiter: str, context: Context, *, in_line: bool
     ) -> None:
-        """Take the rate limit and the breaker of one endpoint, or neither.  Raises Denied."""
+        """Take the rate limit, breaker and permit of one endpoint, or nothing.  Raises Denied."""
         assert held.question is not None
         assert held.reserved is not None
         pool = self._pool
@@ -247,7 +251,7 @@ class Gate(OperationGuards):
             )
         bucket = pool.bucket(pool.endpoints[name], held.question.model)
         tokens = held.reserved.amounts["tokens"]
-        grant = bucket.reserve(
+        reserving = bucket.reserving(
             priority=self._priority,
             in_line=context.rest if in_line else 0,
             returns=context.waited,
@@ -255,20 +259,43 @@ class Gate(OperationGuards):
             tokens=tokens,
             bytes=tokens * BYTES_PER_TOKEN,
         )
-        if not grant:
-            why = (
-                f"its limit of {grant.limited_by} has no room yet for a call of up to "
-                f"{tokens:,.0f} tokens"
-            )
-            raise bucket.denied(grant, why, waiter=waiter, urgency=self._urgency)
+        bulkhead = pool.bulkhead(name)
+        permits = (
+            []
+            if bulkhead is None
+            else [bulkhead.taking(waiter=line_of(context, waiter), urgency=self._urgency)]
+        )
+        # One round trip: a grant that the next guard makes useless is given back, which is rare.
+        grant, *taken = together(self._store, reserving, *permits)
         try:
-            breaker = pool.breaker(name)
-            held.admission = breaker.admit(waiter, self._urgency) if breaker is not None else None
+            if not grant:
+                why = (
+                    f"its limit of {grant.limited_by} has no room yet for a call of up to "
+                    f"{tokens:,.0f} tokens"
+                )
+                raise bucket.denied(grant, why, waiter=waiter, urgency=self._urgency)
+            held.admission = self._admission(name, waiter, taken)
         except Denied:
-            grant.settle(requests=0, tokens=0, bytes=0)
+            if grant:
+                grant.settle(requests=0, tokens=0, bytes=0)
+            for permit in taken:
+                permit.withdraw()
             raise
-        held.grant, held.endpoint = grant, name
+        held.grant, held.permit, held.endpoint = grant, next(iter(taken), None), name
         pool.router.began(name)
+
+    def _admission(self, name: str, waiter: str, permits: Sequence[Permit]) -> Admission | None:
+        """Return the admission of an endpoint's breaker, None without a breaker.
+
+        Raises Denied, also for a permit that was denied.
+        """
+        breaker, bulkhead = self._pool.breaker(name), self._pool.bulkhead(name)
+        admission = breaker.admit(waiter, self._urgency) if breaker is not None else None
+        if bulkhead is not None and not all(permits):
+            if breaker is not None and admission is not None:
+                breaker.withdraw(admission)
+            raise _full(bulkhead, *permits)
+        return admission
 
     # --- leaving -------------------------------------------------------------------------------
 
@@ -422,6 +449,21 @@ class Gate(OperationGuards):
 
 def _opened(guards: ProcessGuards) -> EndpointPool:
     return EndpointPool(guards).open()
+
+
+def _full(bulkhead: Bulkhead, permit: Permit | None = None) -> BulkheadFull:
+    """Return the error for a limit of calls in flight, with the wait of a denied permit.
+
+    A call that stands in no line asks again soon, because any call may end.
+    """
+    noted = permit is not None and permit.noted
+    endpoint, limit = bulkhead.name.removeprefix("llm:"), int(bulkhead.limit)
+    return BulkheadFull(
+        f"bulkhead {bulkhead.name}",
+        permit.wait_s if permit is not None and noted else ASK_AGAIN_S,
+        f"the endpoint {endpoint} has its limit of {limit:,} call{'s' * (limit > 1)} in flight",
+        noted=noted,
+    )
 
 
 def _shaped(held: HeldCall, answer: Answer) -> set[Strategy]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from resilience.errors import Category, Denied, RateLimited, StoreUnavailable
-from resilience.store import Call
+from resilience.store import Call, together
 from rlm_tasks.jobs import codec
 from rlm_tasks.llm import metrics
 from rlm_tasks.llm.endpoint_pool import BYTES_PER_TOKEN, MARGIN, NOTHING, Bill
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from resilience.breaker_storage import Admission
     from resilience.bucket import Grant
     from resilience.budget import Charge, SharedBudget
+    from resilience.bulkhead import Permit
     from resilience.single_flight import Flight
     from resilience.store import Store
     from rlm_tasks.jobs.spec import JobSpec
@@ -54,6 +55,7 @@ class HeldCall:
     charge: Charge | None = None
     grant: Grant | None = None
     admission: Admission | None = None
+    permit: Permit | None = None
     estimated: int = 0  # tokens of the prompt, without corrections from earlier calls
     answer: Answer | None = None
 
@@ -95,7 +97,9 @@ class Settlement:
             if isinstance(error, RateLimited):
                 each.callback(self._hold, held, endpoint, error.retry_after_s)
             each.callback(self._settle_limit, held, error, bill)
-            each.callback(self._settle, held, endpoint, bill)
+            if held.permit is not None:
+                each.callback(held.permit.release, error)  # unless `_settle` has done it
+            each.callback(self._settle, held, endpoint, bill, error)
             breaker = self._pool.breaker(endpoint)
             if held.admission is not None and breaker is not None:
                 each.callback(breaker.ended, held.admission, _fault_of_endpoint(error))
@@ -121,8 +125,14 @@ class Settlement:
             return NOTHING
         return reserved
 
-    def _settle(self, held: HeldCall, endpoint: str, bill: Bill) -> None:
-        """Settle the cost, and land the answer or give its flight to others: one round trip."""
+    def _settle(
+        self, held: HeldCall, endpoint: str, bill: Bill, error: BaseException | None
+    ) -> None:
+        """Settle the cost, land the answer or give its flight to others, and give the permit back.
+
+        It takes one round trip.  While Redis is away the charge stays as reserved, which is the
+        safe side.
+        """
         assert held.question is not None
         assert held.charge is not None
         model, pool, answer = held.question.model, self._pool, held.answer
@@ -135,8 +145,9 @@ class Settlement:
             calls += pool.health.answered(endpoint)
             if answer.usage.is_complete:
                 calls.append(pool.learned.learning(model, self._answered(held, answer)))
-        with suppress(StoreUnavailable):  # the charge stays as reserved, which is the safe side
-            self._store.call(*calls, on_outage="patient")
+        together(
+            self._store, *calls, *(held.permit.releasing(error) if held.permit is not None else ())
+        )
 
     def _answered(self, held: HeldCall, answer: Answer) -> AnsweredCall:
         """Return a call as later estimates know it."""

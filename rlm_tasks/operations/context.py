@@ -53,6 +53,7 @@ class Context:
     tries: int = 0  # earlier failures of this item
     waited: bool = False  # this item has waited for a guard
     rest: int = 1  # calls that its node could make now: for this item and those after it
+    beside: int = 0  # other items of its node in flight when it asks its guards
     grant: Grant | None = None  # the amount that this call took of its rate limit
     has_params: bool = False  # `params` is a copy that this item has used
     entry: Any = None  # the call's state in the gate, if the operation has a gate

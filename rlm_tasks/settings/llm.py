@@ -7,7 +7,7 @@ and `settings.environment` reads that variable.
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
@@ -47,6 +47,8 @@ class EndpointSettings(BaseModel, frozen=True, extra="forbid", allow_inf_nan=Fal
         "/models",
         description="Path below base_url that health checks ask for; empty: it is not checked.",
     )
+    # most calls in flight over all workers; "auto": follows the time of calls; None: no limit
+    in_flight: Literal["auto"] | Annotated[int, Field(gt=0, strict=True)] | None = "auto"
     stream: bool = False  # with streamed answers a time limit bounds each pause, not the whole call
 
     @field_validator("key_env")

@@ -386,7 +386,8 @@ class ChatRequest(msgspec.Struct):
 class FakeProvider:
     """The server: limits, schedule, counts and a model.
 
-    An answer takes about `latency_s` seconds.
+    An answer takes about `latency_s` seconds.  It makes as many answers at once as it has `slots`;
+    further questions wait.
     """
 
     def __init__(
@@ -396,6 +397,8 @@ class FakeProvider:
         schedule: Sequence[Rule],
         latency_s: float,
         tokenizer: Tokenizer | None = None,
+        *,
+        slots: int = 1_000_000,
     ) -> None:
         self._new_window, self._model, self._schedule, self._latency_s = (
             new_window,
@@ -408,6 +411,7 @@ class FakeProvider:
         self._given: Counter[bytes] = Counter()  # odd answers by the digest of their question
         self._models_status = 200
         self._in_flight = self._connections = 0
+        self._slots = asyncio.Semaphore(slots)
         self._routes = {
             ("POST", "/v1/chat/completions"): self._complete,
             ("GET", "/v1/models"): self._models,
@@ -489,7 +493,8 @@ class FakeProvider:
         self._in_flight += 1
         counts.most_in_flight = max(counts.most_in_flight, self._in_flight)
         try:
-            await asyncio.sleep(self._latency_s * self._random.uniform(0.8, 1.2))
+            async with self._slots:
+                await asyncio.sleep(self._latency_s * self._random.uniform(0.8, 1.2))
             if rule is not None:
                 counts.faults[rule.kind] += 1
             if (odd := self._odd_for(chat, rule)) is not None:
@@ -729,6 +734,7 @@ async def _run(options: argparse.Namespace) -> None:
         options.schedule,
         options.latency,
         TOKENIZERS[options.tokenizer](),
+        slots=options.slots,
     )
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
     for each in (signal.SIGTERM, signal.SIGINT):
@@ -762,6 +768,9 @@ def _main() -> None:
         "--tokens", type=float, default=0.0, help="tokens in any window; 0: no limit"
     )
     options.add_argument("--latency", type=float, default=0.0, help="mean seconds of an answer")
+    options.add_argument(
+        "--slots", type=int, default=1_000_000, help="answers made at once; other questions wait"
+    )
     rules = msgspec.json.Decoder(list[Rule])
     options.add_argument(
         "--schedule",

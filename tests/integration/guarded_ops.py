@@ -158,6 +158,15 @@ def sleepy(item: float) -> list[float]:
     return [item]
 
 
+@operation("narrow_async", bulkhead=2, concurrency=10)
+async def narrow_async(item: int, ctx: Context) -> int:
+    """Hold one of two permits for a moment."""
+    _journal(ctx, "begin")
+    await asyncio.sleep(0.02)
+    _journal(ctx, "end")
+    return item
+
+
 @operation("sleepy_async", merge=_listed, timeout_s=0.5, concurrency=5)
 async def sleepy_async(item: float) -> list[float]:
     """Wait `item` seconds, with five items in flight."""

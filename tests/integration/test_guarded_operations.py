@@ -228,6 +228,26 @@ def test_a_bulkhead_limits_all_slots_together(guarded: Client, tmp_path: Path) -
     assert all(before != after for before, after in pairwise(events)), "never two calls at once"
 
 
+def test_an_async_node_takes_the_permits_that_its_own_items_give_back(
+    guarded: Client, tmp_path: Path
+) -> None:
+    """A node that waited for the next lease to end would run two items at a time, and be parked."""
+    result = guarded.execute(
+        operation="narrow_async",
+        items=range(60),
+        chunk_size=60,
+        params={"folder": str(tmp_path)},
+        timeout=60,
+    )
+
+    assert result.output == list(range(60))
+    assert result.metrics.nodes <= 5
+    events = [event for event, _, _, _ in journal(tmp_path)]
+    in_flight = list(accumulate(1 if event == "begin" else -1 for event in events))
+    assert max(in_flight) == 2
+    assert in_flight.count(2) > in_flight.count(0), "one begins when another ends"
+
+
 @pytest.mark.parametrize("operation", ["sleepy", "sleepy_async"])
 def test_an_item_past_its_limit_is_stopped_and_recorded(guarded: Client, operation: str) -> None:
     result = guarded.execute(

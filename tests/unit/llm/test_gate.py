@@ -306,9 +306,10 @@ def test_a_call_that_cannot_be_settled_leaves_the_router_once(world: World) -> N
 
 
 def test_critical_calls_may_use_the_reserve(world: World) -> None:
-    limits = {
+    limits: dict[str, Any] = {
         "requests": 120.0,
         "tokens": 1e6,
+        "endpoints": (EndpointSettings(name="one", in_flight=None),),
     }  # 10 at once, of which normal work must leave 1.5
     normal, critical = (
         JobGate(world, {}, **limits),

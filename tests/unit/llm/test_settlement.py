@@ -9,7 +9,7 @@ from random import Random
 
 import pytest
 
-from resilience.errors import CallTimeout, Category, RateLimited
+from resilience.errors import BulkheadFull, CallTimeout, Category, RateLimited
 from rlm_tasks.llm.endpoint_pool import NOTHING
 from rlm_tasks.llm.settlement import HeldCall
 from rlm_tasks.llm.wire.answers import Answer, TokenUsage, usage_in
@@ -69,7 +69,7 @@ def test_any_sequence_of_estimates_and_outcomes_leaves_nothing_held(
         world.sleep(random.choice((0.1, 11.0)))  # after 10 s the learned figures are read again
         if len(held) < 9:
             words = "word " * random.choice((1, 1, 30, 900))
-            with suppress(RateLimited):  # a 429 pauses the limit
+            with suppress(RateLimited, BulkheadFull):  # a 429 pauses the limit
                 held.append(job_gate.enter(index, f"{index} {words}"))
                 calls += 1
         while held and random.random() < 0.6:
@@ -81,6 +81,9 @@ def test_any_sequence_of_estimates_and_outcomes_leaves_nothing_held(
     assert calls > 100
     assert not any(used.held.values())
     assert not any(job_gate.provider.router.in_flight.values())
+    bulkhead = job_gate.provider.bulkhead("one")
+    assert bulkhead is not None
+    assert bulkhead.status()["used"] == 0
     client = world.client()
     assert not [key for key in client.scan_iter("*made*") if client.hexists(key, "holder")]
     assert used.spent["tokens"] >= billed

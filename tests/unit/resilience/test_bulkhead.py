@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import Iterator
+import heapq
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from random import Random
 from typing import Any
 
 import pytest
@@ -13,8 +15,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from resilience.bucket import Rate, TokenBucket
 from resilience.bulkhead import PRESETS, Aimd, Bulkhead, Elastic, Permit
 from resilience.errors import BulkheadFull, CallTimeout, Category, InvalidValue, NeverSatisfiable
+from resilience.keys import Keys
+from resilience.store import Store, together
 from tests.unit.world import World, world
 
 __all__ = ["world"]
@@ -635,3 +640,241 @@ def test_the_permit_of_an_awaitable_is_held_until_it_has_ended(world: World) -> 
         assert bulkhead.status()["used"] == 0
 
     asyncio.run(call())
+
+
+# --- a limit that follows the time of calls ----------------------------------------------------
+
+TIMEOUT_S = 40.0
+
+
+@dataclass
+class Load:
+    """The end of a simulated load: the calls that timed out, and the most that were in flight."""
+
+    timeouts: int
+    most: int
+    limit: float
+    took_s: float
+
+
+def load(
+    world: World,
+    service_s: Callable[[int], float],
+    *,
+    slots: int = 100_000,
+    calls: int = 60,
+    wanted: int = 40,
+    fails: Callable[[int], bool] = lambda _: False,
+) -> Load:
+    """Make calls of a server that has some slots, where further calls wait, as fast as allowed."""
+    bulkhead = Bulkhead(
+        "server",
+        world.store(),
+        limit=Aimd(2, 10_000, TIMEOUT_S / 4),
+        per_host=None,
+        lease_s=2 * TIMEOUT_S,
+    )
+    began, free = world.now, [world.now] * slots
+    in_flight: list[tuple[float, int, Permit, bool]] = []
+    started = timeouts = most = 0
+    while started < calls or in_flight:
+        while started < calls and len(in_flight) < wanted and (permit := bulkhead.acquire()):
+            end = max(heapq.heappop(free), world.now) + service_s(started)
+            heapq.heappush(free, end)
+            late = end > world.now + TIMEOUT_S
+            ends = min(end, world.now + TIMEOUT_S), started, permit, late or fails(started)
+            heapq.heappush(in_flight, ends)
+            started, timeouts, most = started + 1, timeouts + late, max(most, len(in_flight))
+        ended, _, permit, failed = heapq.heappop(in_flight)
+        world.now = max(world.now, ended)
+        permit.release(ConnectionError() if failed else None)
+    return Load(timeouts, most, limit_of(bulkhead), world.now - began)
+
+
+@pytest.mark.parametrize("service_s", [0.2, 4.0])
+def test_a_server_with_two_slots_gets_no_long_queue_and_is_never_idle(
+    world: World, service_s: float
+) -> None:
+    """With 40 calls in flight, a call of 4 s would take 80 s."""
+    found = load(world, lambda _: service_s, slots=2)
+
+    assert found.timeouts == 0
+    assert found.took_s == pytest.approx(60 * service_s / 2)
+    assert service_s < 1 or found.most <= 12
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_calls_of_any_length_do_not_time_out_in_a_queue(world: World, seed: int) -> None:
+    random = Random(seed)
+
+    found = load(world, lambda _: random.choice((2.0, 4.0, 6.0)), slots=2)
+
+    assert found.timeouts == 0
+    assert found.most <= 12
+
+
+def test_a_server_without_a_queue_is_used_in_full_after_three_rounds(world: World) -> None:
+    found = load(world, lambda _: 1.0, calls=400, wanted=200)
+
+    assert found.most == 200
+    assert found.took_s <= 400 / 200 + 3
+
+
+def test_long_calls_that_wait_in_no_queue_do_not_lower_the_limit_for_long(world: World) -> None:
+    """The calls become twenty times as long, and take half of their time limit."""
+    found = load(world, lambda call: 1.0 if call < 400 else 20.0, calls=1600, wanted=100)
+
+    assert found.limit >= 100
+    assert found.took_s <= 5 + 300 + 3 * 20
+
+
+@pytest.mark.parametrize(("every", "least"), [(20, 100), (7, 100), (2, 0)])
+def test_some_errors_do_not_lower_the_limit_and_many_do(
+    world: World, every: int, least: int
+) -> None:
+    found = load(
+        world, lambda _: 1.0, calls=800, wanted=100, fails=lambda call: call % every == every - 1
+    )
+
+    assert found.most >= least
+    assert (found.limit > 50) == bool(least)
+
+
+def test_calls_that_were_refused_say_nothing_about_the_capacity(world: World) -> None:
+    bulkhead = Bulkhead("server", world.store(), limit=Aimd(2, 100, 10), per_host=None)
+    for _ in range(20):
+        permits = [bulkhead.acquire() for _ in range(2)]
+        permits[0].release(ValueError("the question is too long"))
+        permits[1].withdraw()
+
+    assert limit_of(bulkhead) == 2
+    assert used(bulkhead) == 0
+
+
+def test_little_load_does_not_raise_the_limit_without_end(world: World) -> None:
+    assert load(world, lambda _: 1.0, calls=200, wanted=1).limit <= 16
+
+
+def test_room_that_a_grown_limit_has_wakes_as_many_waiters(world: World) -> None:
+    woken: list[str] = []
+    bulkhead = Bulkhead(
+        "server", world.store(), limit=Aimd(2, 100, 10), per_host=None, wake=woken.extend
+    )
+    first = [bulkhead.acquire() for _ in range(2)]
+    for number in range(9):
+        bulkhead.acquire(waiter=f"job {number}")
+    world.sleep(0.1)
+    for permit in first:
+        permit.release()
+
+    assert limit_of(bulkhead) == 16
+    assert woken == [f"job {number}" for number in range(9)]
+
+
+def test_a_limit_that_was_halved_wakes_nobody_before_there_is_room(world: World) -> None:
+    woken: list[str] = []
+    bulkhead = Bulkhead(
+        "server", world.store(), limit=Aimd(4, 100, 10), per_host=None, wake=woken.extend
+    )
+    permits = [bulkhead.acquire() for _ in range(4)]
+    world.sleep(1)
+    for permit in permits[:3]:
+        permit.release(TimeoutError())
+    others = [bulkhead.acquire() for _ in range(3)]
+    bulkhead.acquire(waiter="job 1")
+
+    permits[3].release(TimeoutError())
+    others[0].release()
+    assert limit_of(bulkhead) == 2
+    assert woken == [], "two calls are in flight, as many as the limit"
+    others[1].release()
+    assert woken == ["job 1"]
+
+
+def test_a_limit_of_an_older_release_is_read(world: World) -> None:
+    """Its record has a limit and the time of the last decrease, and nothing about rounds."""
+    old = Bulkhead("server", world.store(), limit=Aimd(20), per_host=None, lease_s=60)
+    permit = old.acquire()
+    world.sleep(1)
+    permit.release(TimeoutError())
+    new = Bulkhead("server", world.store(), limit=Aimd(2, 1000, 10), per_host=None, lease_s=60)
+    assert limit_of(new) == 18
+
+    world.sleep(1)
+    permits = [new.acquire() for _ in range(18)]
+    world.sleep(1)
+    for permit in permits:
+        permit.release()
+        new.acquire()
+    assert limit_of(new) == 18 * 8
+
+
+def test_a_fixed_limit_is_shown_after_an_adapted_one(world: World) -> None:
+    adapted = Bulkhead("server", world.store(), limit=Aimd(2, 100, 10), per_host=None)
+    adapted.acquire().release()
+    adapted.acquire().release()
+    assert limit_of(adapted) == 16
+
+    assert limit_of(Bulkhead("server", world.store(), limit=4)) == 4
+
+
+@pytest.mark.parametrize("slow_s", [0, -1.0])
+def test_the_time_from_which_a_call_is_slow_must_be_positive(slow_s: float) -> None:
+    with pytest.raises(InvalidValue, match="slow_s"):
+        Aimd(2, 100, slow_s)
+
+
+# --- round trips --------------------------------------------------------------------------------
+
+
+def test_guards_share_a_round_trip_and_decide_alone_without_redis(world: World) -> None:
+    store = world.store()
+    bulkhead = Bulkhead("server", store, limit=2)
+    bucket = TokenBucket("server", store, requests=Rate(10))
+
+    grant, permit = together(store, bucket.reserving(), bulkhead.taking())
+    assert grant
+    assert permit
+    assert store.round_trips == 1
+    assert together(store, *permit.releasing()) == [1]
+    assert store.round_trips == 2
+    assert permit.releasing() == []
+    assert together(store) == []
+    assert store.round_trips == 2
+
+    store.lost = True
+    grant, permit = together(store, bucket.reserving(), bulkhead.taking())
+    assert (grant.granted, bool(permit), permit.local) == (False, True, True)
+
+
+def test_a_damaged_record_of_one_guard_does_not_stop_another(world: World) -> None:
+    store = world.store()
+    bulkhead = Bulkhead("server", store, limit=2)
+    world.client().set(store_keys(store, "server")[0], "damaged")
+
+    grant, permit = together(
+        store, TokenBucket("server", store, requests=Rate(10)).reserving(), bulkhead.taking()
+    )
+
+    assert grant.id
+    assert permit.local
+
+
+def store_keys(store: Store, name: str) -> tuple[str, str, str, str]:
+    return Keys(store.namespace).bulkhead(name)
+
+
+def test_a_full_bulkhead_is_not_asked_in_vain(world: World) -> None:
+    ours, theirs = (Bulkhead("server", world.store(), limit=2) for _ in range(2))
+    mine, others = ours.acquire(), theirs.acquire()
+    assert not ours.is_known_full
+    assert not ours.acquire()
+    assert ours.is_known_full
+
+    mine.release()
+    assert not ours.is_known_full
+    mine = ours.acquire()
+    assert ours.is_known_full, "the permit that was free is taken again"
+    others.release()
+    world.sleep(0.11)
+    assert not ours.is_known_full
