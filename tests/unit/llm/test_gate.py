@@ -321,3 +321,52 @@ def test_critical_calls_may_use_the_reserve(world: World) -> None:
     with pytest.raises(RateLimited):
         normal.enter(8)
     assert critical.enter(8).endpoint == "one"
+
+
+@pytest.mark.parametrize("in_flight", ["auto", 4, None])
+def test_a_limit_of_calls_in_flight_costs_no_round_trip(world: World, in_flight: Any) -> None:
+    """A permit is taken with the rate limit, and given back when the cost is settled."""
+    job_gate = JobGate(
+        world,
+        {"tokens": 10_000},
+        endpoints=(EndpointSettings(name="one", in_flight=in_flight),),
+    )
+    for index in range(2):  # the first call reads the state of breakers and of endpoints
+        before = job_gate.store.round_trips
+        entry = job_gate.enter(index)
+        assert (entry.permit is None) == (in_flight is None)
+        job_gate.answered(entry)
+        spent_trips = job_gate.store.round_trips - before
+
+    assert spent_trips == 5
+
+
+def test_a_full_endpoint_denies_a_node_with_items_in_flight_without_a_round_trip(
+    world: World,
+) -> None:
+    job_gate = JobGate(world, {}, endpoints=(EndpointSettings(name="one", in_flight=1),))
+    first = job_gate.enter(0)
+    context = Context("job", job_gate.params, index=1)
+    context.beside = 1
+    with pytest.raises(BulkheadFull, match="the endpoint one has its limit of 1 call in flight"):
+        job_gate.gate.enter("item 1", context, "job 1")
+    before = job_gate.store.round_trips
+
+    with pytest.raises(BulkheadFull) as denied:
+        job_gate.gate.enter("item 1", context, "job 1")
+    assert not denied.value.noted
+    assert job_gate.store.round_trips == before
+
+    context.beside = 0  # its other items have ended: it stands in the line, and is woken
+    with pytest.raises(BulkheadFull) as denied:
+        job_gate.gate.enter("item 1", context, "job 1")
+    assert denied.value.noted
+    assert job_gate.gate.still_waits("job 1")
+    job_gate.answered(first)
+    assert not job_gate.gate.still_waits("job 1")
+
+
+@pytest.mark.parametrize("in_flight", [0, -1, 2.5, True, "many"])
+def test_a_wrong_limit_of_calls_in_flight_is_refused(in_flight: Any) -> None:
+    with pytest.raises(ValueError, match="in_flight"):
+        EndpointSettings(name="one", in_flight=in_flight)
