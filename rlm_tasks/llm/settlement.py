@@ -177,6 +177,9 @@ class Settlement:
     def _settle_limit(self, held: HeldCall, error: BaseException | None, bill: Bill) -> None:
         """Settle the rate limit to the tokens used, where they are known."""
         assert held.grant is not None
+        if isinstance(error, ProviderRefused) and error.code == "REQUEST_TOO_LARGE":
+            held.grant.settle(tokens=0, bytes=0)  # a limit cannot have counted a call above it
+            return
         usage = held.answer.usage if held.answer is not None else getattr(error, "usage", None)
         if usage is None:
             return  # the reserved amount stays taken, which keeps the limit

@@ -94,3 +94,48 @@ def test_a_pause_of_a_day_is_bounded_told_and_released(
     assert (code, said.startswith(f"The pause of {LIMIT} has ended")) == (0, True)
     assert job.result(timeout=60).output == ["one", "two"]
     assert client.release_limit(LIMIT) == 0.0
+
+
+HOPELESS = {
+    "too-large": "REQUEST_TOO_LARGE",
+    "quota": "INSUFFICIENT_QUOTA",
+    "quota-litellm": "INSUFFICIENT_QUOTA",
+    "quota-google-day": "INSUFFICIENT_QUOTA",
+}
+
+
+def test_a_429_that_waiting_does_not_mend_fails_its_item_and_holds_nobody(
+    platform: tuple[Client, fake_provider.Running],
+) -> None:
+    client, provider = platform
+    prompts = [f"{name} ODD-ANSWER: {name}" for name in HOPELESS]
+
+    result = client.execute(
+        operation="llm.map",
+        items=[*prompts, "one", "two"],
+        params={"prompt": "{item}", "max_tokens": 50},
+        options={"continue_on_error": True},
+        timeout=60,
+    )
+
+    assert result.output == ["one", "two"]
+    assert [each.code for each in result.failed] == [*HOPELESS.values()]
+    assert provider.report()["requests"] == 6, "each question was asked once"
+    assert {each.hold_s for each in client.limits() if each.service == LIMIT} == {0}
+
+
+def test_a_call_above_the_limit_that_a_429_names_fails_and_a_smaller_one_does_not(
+    platform: tuple[Client, fake_provider.Running],
+) -> None:
+    client, provider = platform
+    provider.schedule({"kind": "429", "to": 1, "headers": {"x-ratelimit-limit-tokens": "600"}})
+
+    def run_with(max_tokens: int) -> list[str]:
+        params = {"prompt": "{item}", "max_tokens": max_tokens, "tier": "small"}
+        job = client.submit(operation="llm.map", items=["one"], params=params)
+        result = job.result(timeout=60, propagate=False)
+        return [*(result.output or []), *(each.code for each in result.failed)]
+
+    assert run_with(1000) == ["REQUEST_TOO_LARGE"]
+    assert run_with(20) == ["one"]
+    assert provider.report()["requests"] == 2
