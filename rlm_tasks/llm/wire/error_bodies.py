@@ -25,9 +25,14 @@ _CODES = (
 )
 _INNER = ("innererror", "innerError", "violations", "metadata", "details", "error", "errors")
 _WRAPPED = re.compile(r"(?:(?:litellm\.)?\w+(?:Error|Exception)\b(?:: | - |\s+)){1,5}")
-_CLASSES = re.compile(r"(?:ContextWindowExceeded|ContentPolicyViolation|BudgetExceeded)Error")
-"""The names of LiteLLM's exceptions that say more than the message."""
+_CLASSES = re.compile(
+    r"(?:ContextWindowExceeded|ContentPolicyViolation|BudgetExceeded)Error"
+    r"|\b\w+Per(?:Day|Hour|Minute|Second)\w*"
+)
+"""Names in a message: exceptions of LiteLLM, and quotas of Google behind it."""
 _APPENDED = re.compile(r"\s*\.? ?Received Model Group=.*", re.DOTALL)
+_RETRY_DELAY = re.compile(r"retryDelay\W{1,9}(\d{1,6}(?:\.\d{1,9})?)s")
+_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 _STATUSES = {
     "invalid_argument": 400,
     "failed_precondition": 400,
@@ -101,7 +106,7 @@ def read_error(body: bytes) -> ErrorBody:
         return ErrorBody(message=_unwrapped(text), codes=_classes_in(text))
     codes = (each.casefold() for each in _fields(found, _CODES))
     parameters = [each for each in _fields(found, ("param",)) if each]
-    delays = [each for each in map(_seconds, _fields(found, ("retryDelay",))) if each is not None]
+    delays = [float(each) for each in _RETRY_DELAY.findall(text)]
     message = _joined(_messages(found))
     return ErrorBody(
         message=message,
@@ -221,16 +226,11 @@ def _headers(found: Any) -> dict[str, str]:
     return {str(name).lower(): str(each) for name, each in found.items()}
 
 
-def _seconds(text: str) -> float | None:
-    match = re.fullmatch(r"(\d{1,6}(?:\.\d{1,9})?)s", text)
-    return float(match[1]) if match else None
-
-
 def _delay_in(message: str) -> float | None:
     """Return the seconds of "Please retry in 26.5s"; None if the message does not ask for them."""
     match = re.search(
-        r"(?:retry|try again|wait)\s+(?:in|after|for)\s+(\d{1,6}(?:\.\d{1,9})?)\s*(ms|s|m)",
+        r"(?:retry|try again|wait)\s+(?:in|after|for)\s+(\d{1,6}(?:\.\d{1,9})?)\s*(ms|[smh])",
         message,
         re.IGNORECASE,
     )
-    return float(match[1]) * {"ms": 0.001, "s": 1.0, "m": 60.0}[match[2].lower()] if match else None
+    return float(match[1]) * _UNITS[match[2].lower()] if match else None

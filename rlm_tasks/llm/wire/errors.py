@@ -172,7 +172,8 @@ _CONTEXT = _any(
     r"(?:input|prompt) token count .{0,60}exceed|exceed\w* .{0,30}(?:token limit|max length)",
     r"exceed\w* the maximum number of (?:input )?tokens",
     r"`?inputs`? tokens \+ `?max_new_tokens`? must be|`?inputs`? must have less than",
-    r"too many (?:input )?tokens|reduce the length of the|range of input length",
+    r"context the overflows|too many (?:input )?tokens|reduce the length of the",
+    r"range of input length",
 )
 _FILTER = _any(
     r"content[ _-]?filter|responsible ?ai|content[ _]?policy|content management policy",
@@ -192,9 +193,9 @@ _QUOTA = _any(
     r"quota (?:is |has been )?(?:exhausted|used up)",
 )
 _NEVER = _any(r"insufficient_quota|perday|quota exceeded .{0,300}limit: 0\b")
-"""A quota that does not come back within minutes, whatever wait the body asks for."""
-MOST_WAITED_S = 600.0
-"""The longest wait that a body asks for, in seconds, with which a quota counts as a rate limit."""
+"""A quota that does not come back soon, whatever wait the body asks for."""
+_WINDOW = _any(r"per(?:minute|second|hour)")
+"""A limit of Google that is called a quota, but comes back by itself."""
 _LARGE = _any(r"(?:request|payload|message|prompt) (?:is )?too large|request_?too_?large")
 _REQUESTED = _any(r"limit:? ([\d,]*\d)\b.{0,40}requested:? ([\d,]*\d)")
 _KEY = _any(
@@ -203,10 +204,13 @@ _KEY = _any(
     r"api_key_(?:invalid|expired)|no_db_connection",
     r"unregistered callers|authentication_error|unauthenticated",
 )
-_MODEL_ACCESS = _any(r"model_access_denied|not allowed to access (?:this )?model")
+_MODEL_ACCESS = _any(
+    r"model_access_denied|not allowed to access (?:this )?model|must be verified to use"
+)
+_LOCATION = _any(r"unsupported_country|location is not supported")
 _MODEL = _any(
     r"model_not_found|deploymentnotfound|invalid_model\b|model_not_available|no such model",
-    r"(?:unknown|invalid|unsupported) model\b|not a (?:valid|chat) model|model not exist",
+    r"^model: |(?:unknown|invalid|unsupported) model\b|not a (?:valid|chat) model|model not exist",
     r"(?:model|deployment)s?\b.{0,160}\b(?:does not exist|not found|do(?:es)? not have access)",
 )
 _ENDED = _any(r"terminated|deactivated|disabled|suspended|banned|revoked")
@@ -216,7 +220,7 @@ _FORBIDDEN = (
         "does not serve this country or region",
         "call it from a supported one, or set another endpoint",
     ),
-    (_ENDED, "has disabled the account or its key", "ask the provider, and see {key}"),
+    (_ENDED, "has disabled the account, its key or the service", "ask the provider, and see {key}"),
     (
         _any(r"model|deployment"),
         "gives no access to the model",
@@ -312,11 +316,11 @@ def _quota(found: _Found) -> Exception | None:
 
 def _is_quota(found: _Found) -> bool:
     """Return whether a quota is used up that does not come back within minutes."""
-    words, delay_s = found.words, found.body.retry_delay_s
-    if "insufficient_quota" in words or _NEVER.search(words):
+    words = found.words
+    if _NEVER.search(words):
         return True
-    soon = delay_s is not None and delay_s <= MOST_WAITED_S
-    return not soon and _QUOTA.search(words) is not None
+    is_window = found.body.retry_delay_s is not None or _WINDOW.search(words)
+    return not is_window and _QUOTA.search(words) is not None
 
 
 def _too_large(found: _Found) -> Exception | None:
@@ -364,8 +368,13 @@ def _key(found: _Found) -> Exception | None:
     return found.refused("UNAUTHORISED", why, Category.AUTH)
 
 
+def _any_access(words: str) -> bool:
+    """Return whether words say with another status than 403 that a right is missing."""
+    return bool(_MODEL_ACCESS.search(words) or _LOCATION.search(words))
+
+
 def _forbidden(found: _Found) -> Exception | None:
-    if found.status != 403 and not _MODEL_ACCESS.search(found.words):
+    if found.status != 403 and not _any_access(found.words):
         return None
     what, advice = "forbids the call", "check the rights of {key}"
     if found.body.is_page:

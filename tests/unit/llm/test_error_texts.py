@@ -362,6 +362,35 @@ REFUSALS: dict[str, tuple[int, Any, str, str]] = {
         FORBIDDEN,
         "no access to the model (401)",
     ),
+    "a model for verified organisations": (
+        404,
+        error("Your organization must be verified to use the model `o3`.", "model_not_found"),
+        FORBIDDEN,
+        "no access to the model (404)",
+    ),
+    "google's country": (
+        400,
+        google(400, "User location is not supported for the API use.", "FAILED_PRECONDITION"),
+        FORBIDDEN,
+        "does not serve this country or region (400)",
+    ),
+    "anthropic's unknown model": (
+        404,
+        {"type": "error", "error": {"type": "not_found_error", "message": "model: claude-9"}},
+        MODEL,
+        "does not have the model (404): model: claude-9",
+    ),
+    "google's day behind litellm": (
+        429,
+        error(
+            "litellm.RateLimitError: VertexAIException - "
+            + json.dumps(google(429, GOOGLE_TEXT, "RESOURCE_EXHAUSTED", per("Day"), RETRY)[0]),
+            "429",
+            "throttling_error",
+        ),
+        QUOTA,
+        "used up (429)",
+    ),
     "an unsupported country": (
         403,
         error(
@@ -376,7 +405,7 @@ REFUSALS: dict[str, tuple[int, Any, str, str]] = {
         403,
         error("Your account has been deactivated.", "account_deactivated"),
         FORBIDDEN,
-        "has disabled the account or its key (403)",
+        "has disabled the account, its key or the service (403)",
     ),
     "an account closed by policy": (
         403,
@@ -385,7 +414,7 @@ REFUSALS: dict[str, tuple[int, Any, str, str]] = {
             "access_terminated",
         ),
         FORBIDDEN,
-        "has disabled the account or its key (403)",
+        "has disabled the account, its key or the service (403)",
     ),
     "a 403 of google": (
         403,
@@ -658,6 +687,29 @@ WAITS: dict[str, tuple[int, Any, float]] = {
         429,
         google(429, GOOGLE_TEXT, "RESOURCE_EXHAUSTED", per("Minute"), RETRY),
         17.0,
+    ),
+    "google's minute without a time": (
+        429,
+        google(429, GOOGLE_TEXT, "RESOURCE_EXHAUSTED", per("Minute")),
+        1.0,
+    ),
+    "google's minute behind litellm": (
+        429,
+        error(
+            "litellm.RateLimitError: VertexAIException - "
+            + json.dumps(google(429, GOOGLE_TEXT, "RESOURCE_EXHAUSTED", per("Minute"), RETRY)[0]),
+            "429",
+            "throttling_error",
+        ),
+        17.0,
+    ),
+    "groq's day": (
+        429,
+        error(
+            "Rate limit reached on tokens per day (TPD): Limit 100000, Used 99900, Requested 500. "
+            "Please try again in 1h5m45.6s."
+        ),
+        3600.0,
     ),
     "google's minute in words": (
         429,
