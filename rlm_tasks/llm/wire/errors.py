@@ -165,7 +165,7 @@ _REFUSES = _any(
 _CONTEXT = _any(
     r"context_length_exceeded|exceed_context_size|contextwindowexceeded|string_above_max_length",
     r"maximum (?:context|model|prompt|input|sequence) length|max(?:imum)? context",
-    r"(?:exceed\w*|longer than|too (?:long|large) for|larger than|only) .{0,60}"
+    r"(?:exceed\w*|longer than|too (?:long|large) for|larger than) .{0,60}"
     r"context(?:[ _-](?:length|size|window|limit))?",
     r"context[ _-](?:length|size|window|limit)\w* .{0,30}(?:exceed|too (?:small|short)|overflow)",
     r"(?:prompt|input|inputs|messages?|string)`? (?:is |are |was )?too long",
