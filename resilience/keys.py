@@ -238,10 +238,12 @@ class Keys:
         """
         return ":".join((f"{self.namespace}:{{models}}", *kind, name))
 
-    def endpoints(self) -> str:
-        """Return the health of all endpoints of models.  HASH endpoint -> JSON."""
-        return f"{self.namespace}:{{models}}:endpoints"
+    def endpoints(self) -> tuple[str, str, str]:
+        """Return the keys of the health of endpoints of models.
 
-    def endpoints_turn(self) -> str:
-        """Return the worker that checks the endpoints; no other does meanwhile.  STRING worker."""
-        return f"{self.namespace}:{{models}}:turn"
+        - the latest check of each: HASH endpoint -> JSON
+        - its latest answer to a call: HASH endpoint -> ms
+        - the worker that checks them; no other does meanwhile: STRING worker
+        """
+        tagged = f"{self.namespace}:{{models}}:"
+        return tagged + "endpoints", tagged + "answers", tagged + "turn"

@@ -110,7 +110,7 @@ class Checks(threading.Thread):
         self._settings, self._store, self._events, self._worker = settings, store, events, worker
         self._health, self._key = (
             EndpointHealth(store, settings),
-            Keys(store.namespace).endpoints_turn(),
+            Keys(store.namespace).endpoints()[2],
         )
         self._stopping, self._away = threading.Event(), False
         self._task: asyncio.Task[list[CheckResult]] | None = None

@@ -46,8 +46,8 @@ class EndpointHealth:
     """The results of checks of all endpoints."""
 
     def __init__(self, store: Store, settings: LlmSettings) -> None:
-        self._store, self._keys, self._settings = store, Keys(store.namespace), settings
-        self._answers = f"{self._keys.endpoints()}:answers"  # HASH endpoint -> ms of an answer
+        self._store, self._settings = store, settings
+        self._checks, self._answers, _ = Keys(store.namespace).endpoints()
         self._told: dict[str, float] = {}  # endpoint -> time at which an answer was recorded
         self._unhealthy: frozenset[str] = frozenset()
         self._read_at = -math.inf
@@ -97,7 +97,7 @@ class EndpointHealth:
 
         Raises StoreUnavailable.
         """
-        stored = self._store.call(lambda client: client.hvals(self._keys.endpoints()))
+        stored = self._store.call(lambda client: client.hvals(self._checks))
         oldest = (
             self._store.call(lambda _: self._store.now_ms())
             - VALID_INTERVALS * 1000 * self._settings.health_every_s
@@ -120,9 +120,9 @@ class EndpointHealth:
         )
 
         def write(client: Any) -> None:
-            client.hset(self._keys.endpoints(), name, json.dumps(asdict(checkup)))
+            client.hset(self._checks, name, json.dumps(asdict(checkup)))
             client.pexpire(
-                self._keys.endpoints(), int(VALID_INTERVALS * 1000 * self._settings.health_every_s)
+                self._checks, int(VALID_INTERVALS * 1000 * self._settings.health_every_s)
             )
 
         self._store.call(write)

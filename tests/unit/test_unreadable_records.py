@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from resilience.breaker import CircuitBreaker
-from resilience.bulkhead import Bulkhead
+from resilience.bulkhead import Aimd, Bulkhead
 from resilience.degradation import Level
 from resilience.errors import StoreUnavailable
 from resilience.fault_log import FaultLog
@@ -141,7 +141,7 @@ def test_checks_of_endpoints(broken: bytes) -> None:
     store = world.store()
     health = EndpointHealth(store, LlmSettings())
     health.record("a", latency_s=0.1)
-    world.client().hset(Keys("unit").endpoints(), "b", broken)
+    world.client().hset(Keys("unit").endpoints()[0], "b", broken)
 
     assert [each.name for each in health.checkups()] == ["a"]
 
@@ -222,7 +222,7 @@ def test_a_guard_decides_alone_where_its_record_is_damaged() -> None:
     FaultLog(store).record("d", [(classify(TimeoutError("slow")), "slow")])
     assert not store.is_away, "Redis is well"
     with pytest.raises(StoreUnavailable, match=r"a record that cannot be used \(.*WRONGTYPE"):
-        Bulkhead("b", limit=2, store=store).status()
+        Bulkhead("b", limit=Aimd(2), store=store).status()
 
 
 @pytest.mark.parametrize("used", ["99999999999", "{", "-3", "nan"])

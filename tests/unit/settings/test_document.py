@@ -42,7 +42,7 @@ from rlm_tasks.settings.model import Settings
             [
                 (
                     "RLM_LLM__ENDPOINTS: 'api_key' is no field of it; its fields are name, "
-                    "base_url, key_env, weight, models, max_tokens_as, stream"
+                    "base_url, key_env, weight, models, max_tokens_as, health"
                 )
             ],
         ),
