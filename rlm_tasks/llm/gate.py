@@ -110,6 +110,7 @@ class Gate(OperationGuards):
         except Denied as denied:
             self._settlement.pace.denied(denied)
             raise
+        self._settlement.pace.entered()
         return context.entry
 
     def _admit(self, draft: Draft, context: Context, waiter: str = "") -> HeldCall:

@@ -172,7 +172,7 @@ class CallStatistics:
     answer: float | None = None  # tokens of an answer of other templates; None: not known
     seconds: float = FIRST_SECONDS
     seconds_sd: float = FIRST_SECONDS / 2
-    slot_s: float = FIRST_SLOT_S  # seconds of a slot for each call, while it has calls enough
+    slot_s: float = FIRST_SLOT_S  # seconds of a slot for each call, while no limit delays it
     repairs: float = 0.0  # repairs for each call with a form
     formed: float = 0.0  # calls with a form behind that
 
@@ -250,25 +250,29 @@ def _corrected(wider: CallStatistics, sums: Sums) -> CallStatistics:
 
 
 class SlotPace:
-    """Measures the seconds that a slot takes for each call, while it has calls enough."""
+    """Measures the seconds that a slot takes for each call of a job, while no limit delays it."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock, self._is_full = clock, False
+        self._clock, self._waits = clock, False
         self._last: float | None = None  # time of the answer before
+
+    def entered(self) -> None:
+        """Note that a call has its guards."""
+        self._waits = False
 
     def denied(self, denied: Denied) -> None:
         """Note why the slot could not begin another call."""
-        self._is_full = isinstance(denied, BulkheadFull)
-        if not self._is_full:  # it waits for a limit, which takes none of its time
-            self._last = None
+        if not isinstance(denied, BulkheadFull):  # it waits for a limit, which is no work
+            self._waits, self._last = True, None
 
     def answered(self, latency_s: float) -> float | None:
-        """Return the seconds since the answer before; None while the slot had few calls."""
+        """Return the seconds since the answer before; None if a limit was waited for."""
+        if self._waits:
+            return None
         now, last = self._clock(), self._last
         self._last = now
-        if last is None or not self._is_full:
-            return None
-        return min(now - last, max(1.0, 2 * latency_s))  # longer: the slot did something else
+        longest = max(1.0, 2 * latency_s)  # then the slot did something else
+        return None if last is None else min(now - last, longest)
 
 
 # --- in Redis ---------------------------------------------------------------------------------
@@ -285,7 +289,7 @@ class AnsweredCall:
     priced: float = 0.0  # money of the answer by our prices
     has_form: bool = False
     is_repair: bool = False
-    slot_s: float | None = None  # seconds since the answer before, if the slot had calls enough
+    slot_s: float | None = None  # seconds since the answer before, unless a limit was waited for
 
 
 class Learned:

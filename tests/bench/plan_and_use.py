@@ -21,7 +21,7 @@ from rlm_tasks.operations.code_metrics import python_files, standard_library
 from rlm_tasks.testing import embedded, fake_provider
 from tests.bench.guards import Measured
 from tests.bench.ops import Entry
-from tests.integration.conftest import client_of
+from tests.integration.conftest import NO_PRESSURE, client_of
 from tests.support import wait_until
 
 SLOTS = 2
@@ -217,6 +217,7 @@ def plan_and_use() -> Iterator[Measured]:
         tempfile.TemporaryDirectory() as folder,
     ):
         environment = {
+            **NO_PRESSURE,  # under pressure another model answers, and a slot has fewer calls
             "RLM_REDIS_URL": server.url,
             "RLM_NAMESPACE": "plans",
             "RLM_OPERATIONS": "tests.bench.ops",

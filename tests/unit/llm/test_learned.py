@@ -245,17 +245,21 @@ def test_sums_are_halved_and_a_template_used_once_is_soon_forgotten(world: World
     assert redis.ttl(keys.model(MODEL, "calls", *LABELS)) > 100 * TTL_PER_CALL_S
 
 
-def test_the_seconds_of_a_slot_count_only_while_it_has_calls_enough(world: World) -> None:
+def test_the_seconds_of_a_slot_leave_out_the_wait_for_a_limit(world: World) -> None:
     pace = SlotPace(world.time)
 
     def answered_after(seconds: float) -> float | None:
         world.sleep(seconds)
         return pace.answered(0.1)
 
-    assert answered_after(1) is None, "the slot was not full"
-    pace.denied(BulkheadFull("pool", 0.1, "it is full"))
+    assert answered_after(1) is None, "there is no answer before"
     assert answered_after(0.02) == pytest.approx(0.02)
+    pace.denied(BulkheadFull("pool", 0.1, "it is full"))
+    assert answered_after(0.03) == pytest.approx(0.03)
     assert answered_after(60) == 1.0, "the slot did something else meanwhile"
     pace.denied(RateLimited("bucket", 3.0, "it waits"))
-    pace.denied(BulkheadFull("pool", 0.1, "it is full"))
-    assert answered_after(3) is None, "it has waited for a limit"
+    assert answered_after(0.01) is None, "this call was in flight"
+    world.sleep(3)
+    pace.entered()
+    assert answered_after(0.1) is None, "it has waited for a limit"
+    assert answered_after(0.02) == pytest.approx(0.02)
