@@ -12,8 +12,9 @@ import math
 import re
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from datetime import UTC
+from datetime import UTC, datetime
 from typing import Any
 
 from resilience.errors import (
@@ -206,24 +207,47 @@ def retry_after_s(error: BaseException) -> float | None:
 
 FIRST_POINT_S = 1e9
 """A number of seconds from here on is a point in time: seconds since 1970, as of 2001."""
+LENGTH = (
+    r"(\d{0,9}\.?\d{1,9})\s*"
+    r"(milli(?:s|sec(?:ond)?s?)|sec(?:ond)?s?|min(?:ute)?s?|hours?|hrs?|days?|[nuµμm]?s|[mhd])"
+    r"(?![a-zµμ])"
+)
+"""The pattern of a number with its unit of time, without regard to capitals."""
+_LENGTHS = re.compile(rf"(?:{LENGTH}(?:\s|,|\band\b)*)+", re.IGNORECASE | re.ASCII)
+_UNITS = {
+    name: seconds
+    for names, seconds in {
+        "ns": 1e-9,
+        "us µs μs": 1e-6,
+        "ms mil": 0.001,
+        "s sec": 1.0,
+        "m min": 60.0,
+        "h hr hrs hou": 3600.0,
+        "d day": 86400.0,
+    }.items()
+    for name in names.split()
+}
+"""The first three letters of a unit of time -> its seconds."""
 
 
 def asked_wait_s(headers: Mapping[str, str], now: float | None = None) -> float | None:
     """Return the wait in seconds that headers ask for, or None if they ask for none.
 
-    Reads the headers ``retry-after-ms`` and ``Retry-After``, by their lower-case names.  The latter
-    is a number of seconds or a date (RFC 9110, 10.2.3); some services send a point in time.  A date
-    is compared with the response's own ``Date``, so the clock of this machine does not matter.
-    Without that it is compared with `now`, in seconds since 1970, by default the time of this
-    machine.
+    Reads the headers ``retry-after-ms``, ``x-ms-retry-after-ms`` (Azure) and ``Retry-After``, by
+    their lower-case names.  The latter is a number of seconds or a date (RFC 9110, 10.2.3); some
+    services send another form of a time, see `wait_in`.  A point in time is compared with the
+    response's own ``Date``, so the clock of this machine does not matter.  Without that it is
+    compared with `now`, in seconds since 1970, by default the time of this machine.
     """
     at = time_of(headers, time.time() if now is None else now)
-    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
-        value = headers.get(name, "").strip()
-        if re.fullmatch(r"\d{1,16}(\.\d{1,9})?", value):
-            return from_now_s(float(value) * unit, at)
-    then = _date(headers.get("retry-after", ""))
-    return None if then is None else max(0.0, then - at)
+    for name, unit_s in (
+        ("retry-after-ms", 0.001),
+        ("x-ms-retry-after-ms", 0.001),
+        ("retry-after", 1.0),
+    ):
+        if (wait_s := wait_in(headers.get(name, ""), at, unit_s=unit_s)) is not None:
+            return wait_s
+    return None
 
 
 def time_of(headers: Mapping[str, str], now: float) -> float:
@@ -232,23 +256,53 @@ def time_of(headers: Mapping[str, str], now: float) -> float:
     return now if sent is None else sent
 
 
-def from_now_s(value: float, now: float) -> float:
-    """Return a number of seconds as a length.
+def wait_in(text: str, now: float, *, unit_s: float = 1.0) -> float | None:
+    """Return the seconds of a length of time, or until a point in time; None for other texts.
 
-    From 1e9 on it is a point in time in seconds since 1970, from 1e12 on in milliseconds.
+    A length is `3`, `1.5`, `12ms`, `1h2m3.5s`, `2 minutes`, or `PT1M30S` of ISO 8601.  A point is a
+    date of HTTP or of ISO 8601, or a number since 1970: from 1e9 on in seconds, from 1e12 on in
+    milliseconds, and so on.  `unit_s` is the unit of a number.  A point in the past gives 0.
     """
+    text = text.strip().strip("\"'")[:100]
+    if re.fullmatch(r"\+?\d{0,19}\.?\d{1,19}", text):
+        return _from_now_s(float(text) * unit_s, now)
+    if (length := _length_s(text)) is not None:
+        return length
+    if (then := _date(text)) is not None:
+        return max(0.0, then - now)
+    # A proxy joins two headers of one name by a comma.
+    return wait_in(text.partition(",")[0], now, unit_s=unit_s) if "," in text else None
+
+
+def _length_s(text: str) -> float | None:
+    """Return the seconds of a text such as `12ms`, `1h2m3.5s` or `PT1M30S`; None for others."""
+    if re.match(r"P[\dT]", text):
+        text = text[1:].replace("T", "")
+    if not _LENGTHS.fullmatch(text):
+        return None
+    found = re.findall(LENGTH, text, re.IGNORECASE | re.ASCII)
+    return sum(float(count) * _UNITS[unit.lower()[:3]] for count, unit in found)
+
+
+def _from_now_s(value: float, now: float) -> float:
+    """Return a number of seconds as a length; from 1e9 on it is a point in time since 1970."""
     if value < FIRST_POINT_S:
         return value
-    return max(0.0, (value / 1000 if value >= 1000 * FIRST_POINT_S else value) - now)
+    while value >= 1000 * FIRST_POINT_S:  # milliseconds, or a smaller unit
+        value /= 1000
+    return max(0.0, value - now)
 
 
 def _date(text: str) -> float | None:
-    """Return a date of HTTP in seconds since 1970; None for other texts."""
-    try:
-        date = email.utils.parsedate_to_datetime(text)
-        return (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
-    except (ValueError, TypeError, OverflowError):
-        return None
+    """Return a date of HTTP or of ISO 8601 in seconds since 1970; None for other texts.
+
+    A date without a time zone is in UTC.
+    """
+    for read in (email.utils.parsedate_to_datetime, datetime.fromisoformat):
+        with suppress(ValueError, TypeError, OverflowError):
+            date = read(text.upper().replace(" UTC", "Z"))
+            return (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
+    return None
 
 
 def _headers(error: BaseException) -> Mapping[str, str]:

@@ -31,8 +31,6 @@ _CLASSES = re.compile(
 )
 """Names in a message: exceptions of LiteLLM, and quotas of Google behind it."""
 _APPENDED = re.compile(r"\s*\.? ?Received Model Group=.*", re.DOTALL)
-_RETRY_DELAY = re.compile(r"retryDelay\W{1,9}(\d{1,6}(?:\.\d{1,9})?)s")
-_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 _STATUSES = {
     "invalid_argument": 400,
     "failed_precondition": 400,
@@ -77,7 +75,6 @@ class ErrorBody:
     codes: tuple[str, ...] = ()
     parameter: str = ""  # the parameter that it names as the cause
     is_page: bool = False  # an HTML page of a server or proxy, which is not shown
-    retry_delay_s: float | None = None  # the wait that the body asks for
     headers: Mapping[str, str] = field(default_factory=dict)  # those of a provider behind a gateway
 
     @property
@@ -106,16 +103,13 @@ def read_error(body: bytes) -> ErrorBody:
         return ErrorBody(message=_unwrapped(text), codes=_classes_in(text))
     codes = (each.casefold() for each in _fields(found, _CODES))
     parameters = [each for each in _fields(found, ("param",)) if each]
-    delays = [float(each) for each in _RETRY_DELAY.findall(text)]
-    message = _joined(_messages(found))
     return ErrorBody(
-        message=message,
+        message=_joined(_messages(found)),
         codes=(
             *(each for each in codes if re.fullmatch(r"[\w.:/-]{1,100}", each)),
             *_classes_in(text),
         ),
         parameter=next(iter(parameters), ""),
-        retry_delay_s=min(delays, default=_delay_in(message)),
         headers=_headers(found),
     )
 
@@ -224,13 +218,3 @@ def _headers(found: Any) -> dict[str, str]:
     if not isinstance(found, dict):
         return {}
     return {str(name).lower(): str(each) for name, each in found.items()}
-
-
-def _delay_in(message: str) -> float | None:
-    """Return the seconds of "Please retry in 26.5s"; None if the message does not ask for them."""
-    match = re.search(
-        r"(?:retry|try again|wait)\s+(?:in|after|for)\s+(\d{1,6}(?:\.\d{1,9})?)\s*(ms|[smh])",
-        message,
-        re.IGNORECASE,
-    )
-    return float(match[1]) * _UNITS[match[2].lower()] if match else None

@@ -15,12 +15,14 @@ from resilience.errors import Category, RateLimited, RlmError
 from resilience.faults import asked_wait_s
 from rlm_tasks.llm.wire.error_bodies import ErrorBody, one_line, read_error
 from rlm_tasks.llm.wire.quotations import QUOTED, quotes
-from rlm_tasks.llm.wire.rate_limit_headers import rate_limits, wait_s
+from rlm_tasks.llm.wire.rate_limit_headers import rate_limits, wait_in_body, wait_s
 
 if TYPE_CHECKING:
     from rlm_tasks.llm.wire.answers import TokenUsage
     from rlm_tasks.settings.llm import EndpointSettings
 
+A_DAY_S = 86_400.0
+"""A quota that comes back after a shorter time is waited for."""
 MOST_SHOWN = 200
 """The characters of a provider's message that an error shows."""
 
@@ -261,14 +263,14 @@ class _Found:
 
     @cached_property
     def headers(self) -> dict[str, str]:
-        """The headers by names in small letters, with what the body says in place of a header."""
+        """The headers by names in small letters, with those that the body repeats."""
         own = {name.lower(): value for name, value in self.response.headers.items()}
-        delay_s = self.body.retry_delay_s
-        return {
-            **({} if delay_s is None else {"retry-after": f"{delay_s:.3f}"}),
-            **self.body.headers,
-            **own,
-        }
+        return {**self.body.headers, **own}
+
+    @cached_property
+    def asked_s(self) -> float | None:
+        """The seconds to wait that the body asks for; None if it does not."""
+        return wait_in_body(self.response.body, self.response.now)
 
     @cached_property
     def said(self) -> str:
@@ -319,7 +321,8 @@ def _is_quota(found: _Found) -> bool:
     words = found.words
     if _NEVER.search(words):
         return True
-    is_window = found.body.retry_delay_s is not None or _WINDOW.search(words)
+    is_soon = found.asked_s is not None and found.asked_s < A_DAY_S
+    is_window = is_soon or _WINDOW.search(words)
     return not is_window and _QUOTA.search(words) is not None
 
 
@@ -327,7 +330,7 @@ def _too_large(found: _Found) -> Exception | None:
     if found.status not in (413, 429) or (found.status == 413 and _CONTEXT.search(found.words)):
         return None
     limit = rate_limits(found.headers).tokens.limit
-    is_above = limit is not None and limit < found.tokens
+    is_above = limit is not None and 0 < limit < found.tokens
     if not is_above and not _is_too_large(found):
         return None
     said = found.said
@@ -431,10 +434,11 @@ def _failing(found: _Found) -> Exception | None:
     # The model may have answered: a gateway lost it, or it is an error in place of an answer.
     sent = found.status in (502, 504) or found.response.status < 300
     said = f": {found.said}" if found.body.message else ""
+    asked_s = asked_wait_s(found.headers, found.response.now)
     return ProviderDown(
         found.endpoint.name,
         f"answers {found.status}{said}",
-        asked_wait_s(found.headers, found.response.now),
+        found.asked_s if asked_s is None else asked_s,
         sent=sent,
     )
 

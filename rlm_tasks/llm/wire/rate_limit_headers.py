@@ -7,11 +7,10 @@ Providers write times in many ways: a length, a date, a point in time, a sentenc
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
 
-from resilience.faults import asked_wait_s, from_now_s, time_of
+from resilience.faults import LENGTH, asked_wait_s, time_of, wait_in
 
 DEFAULT_WAIT_S = 1.0
 """The wait after a 429 without a retry time."""
@@ -86,35 +85,8 @@ def _state_of(headers: Mapping[str, str], unit: str, now: float) -> LimitState:
         return next((headers[name] for name in names if name in headers), "")
 
     return LimitState(
-        _number(header("limit")), _number(header("remaining")), reset_s(header("reset"), now)
+        _number(header("limit")), _number(header("remaining")), wait_in(header("reset"), now)
     )
-
-
-# --- times ------------------------------------------------------------------------------------
-
-_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_LENGTH = r"(\d{1,9}(?:\.\d{1,9})?)\s*(ms|s|m|h|d)"
-
-
-def seconds(text: str) -> float | None:
-    """Return a provider's text of a time, `3`, `12ms`, `1h2m3.5s`, in seconds; None for others."""
-    if re.fullmatch(f"(?:{_LENGTH})+", text.strip()):
-        return sum(float(count) * _UNITS[unit] for count, unit in re.findall(_LENGTH, text))
-    return _number(text)
-
-
-def reset_s(text: str, now: float) -> float | None:
-    """Return the seconds until a limit is full again; None for an unknown text.
-
-    It may be a length, or a point in time: ISO 8601, or seconds or milliseconds since 1970.
-    """
-    if (length := seconds(text)) is not None:
-        return from_now_s(length, now)
-    try:
-        then = datetime.fromisoformat(text.strip().replace("Z", "+00:00"))
-    except ValueError:
-        return None
-    return max(0.0, then.timestamp() - now) if then.tzinfo else None
 
 
 def _number(text: str) -> float | None:
@@ -124,13 +96,21 @@ def _number(text: str) -> float | None:
 # --- the wait of a 429 ------------------------------------------------------------------------
 
 _SPOKEN = re.compile(
-    r"(?:try again|retry|wait|available|reset)\D{0,40}?\b((?:\d{1,9}(?:\.\d{1,9})?\s*"
-    r"(?:ms|milliseconds?|s|secs?|seconds?|m|mins?|minutes?|h|hours?|d|days?)\b\s*)+|"
-    r"(?:\d{1,9}(?:\.\d{1,9})?(?:ms|s|m|h|d))+)",
-    re.IGNORECASE,
+    r"(?:try again|retry|wait|available|reset|replenish)[^\d\n]{0,40}?"
+    rf"(?:(?P<length>\b(?:{LENGTH}(?:\s|,|\band\b)*)+)"
+    r"|(?P<point>\d{4}-\d\d-\d\d[T ][\d:]{8}(?:\.\d{1,9})?(?:Z| ?UTC|[+-]\d\d:\d\d)?)"
+    r"|(?:\bin|\bafter|\bfor)\W{1,3}(?P<seconds>\d{1,6}(?:\.\d{1,3})?)(?!\.?\w|\s+\w))",
+    re.IGNORECASE | re.ASCII,
 )
-_WORDS = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)\s*(ms|milli|s|m|h|d)[a-z]*", re.IGNORECASE)
-_RETRY_DELAY = re.compile(r'"retryDelay"\s*:\s*"([^"]{1,20})"')
+"""A sentence such as "Please try again in 1m20s"."""
+_FIELD = re.compile(
+    r"retry[_-]?(?:after|delay|in)(?P<ms>_?ms|_?milliseconds)?(?:_?s|_?seconds)?\b"
+    r"\W{1,9}(?:seconds\W{1,9})?(?<![-\d])(?P<value>[\w.:+-]{1,40})",
+    re.IGNORECASE | re.ASCII,
+)
+"""A field of a body with the wait: ``retryDelay`` of Google, ``retry_after`` of others."""
+_STRUCTURED = re.compile(r"\b(?:remaining|r)=(\d+).*?\b(?:reset|t)=(\d+)")
+"""The single header RateLimit of the newer drafts of the IETF: ``"default";r=0;t=50``."""
 
 
 def wait_s(headers: Mapping[str, str], body: bytes = b"", now: float = 0.0) -> float:
@@ -140,41 +120,40 @@ def wait_s(headers: Mapping[str, str], body: bytes = b"", now: float = 0.0) -> f
     """
     every = _by_name(headers)
     now = time_of(every, now)
-    if asked := asked_wait_s(every, now):
-        return asked
-    text = body[:20_000].decode(errors="replace")
-    delay = _RETRY_DELAY.search(text)  # Google's
     return (
-        _longest(_resets(every, now))
-        or (seconds(delay[1]) if delay else None)
-        or _spoken_s(text)
+        asked_wait_s(every, now)
+        or _reset_s(every, now)
+        or wait_in_body(body, now)
         or DEFAULT_WAIT_S
     )
 
 
-def _resets(headers: Mapping[str, str], now: float) -> Iterable[float | None]:
-    """Yield the seconds until each used-up limit is full again."""
-    for unit in ("requests", "tokens"):
-        for name in UNITS[unit]:
-            state = _state_of(headers, name, now)
-            if state.remaining == 0:
-                yield state.reset_s
-    # Without a unit: OpenRouter's, and those of a draft of the IETF.
-    remaining, reset = (
-        headers.get(f"x-ratelimit-{each}", headers.get(f"ratelimit-{each}", ""))
-        for each in ("remaining", "reset")
-    )
-    if not _number(remaining):
-        yield reset_s(reset, now)
+def _reset_s(headers: Mapping[str, str], now: float) -> float:
+    """Return the seconds until the used-up limits are full again, 0 if no header states them.
+
+    All names are read that have a `reset` and a `remaining`, such as those of
+    ``x-ratelimit-reset-tokens-minute``.  A reset without its `remaining` counts if no limit is
+    known to be used up.
+    """
+    used_up, unstated = [0.0], [0.0]
+    for name, text in headers.items():
+        if "limit" not in name or "reset" not in name.split("-"):
+            continue
+        left = headers.get(name.replace("reset", "remaining"), "")
+        remaining = 0.0 if left.startswith("-") else _number(left)
+        if not remaining:
+            (unstated if remaining is None else used_up).append(wait_in(text, now) or 0.0)
+    if structured := _STRUCTURED.search(headers.get("ratelimit", "")):
+        used_up.append(0.0 if int(structured[1]) else float(structured[2]))
+    return max(used_up) or max(unstated)
 
 
-def _longest(waits: Iterable[float | None]) -> float:
-    return max((each for each in waits if each is not None), default=0.0)
-
-
-def _spoken_s(text: str) -> float | None:
-    """Return the wait in a sentence such as "Please try again in 1m20s"."""
-    if not (found := _SPOKEN.search(text)):
-        return None
-    units = {**_UNITS, "milli": 0.001}
-    return sum(float(count) * units[unit.lower()] for count, unit in _WORDS.findall(found[1]))
+def wait_in_body(body: bytes, now: float) -> float | None:
+    """Return the seconds that a body asks for, in a field or in words; None if it asks for none."""
+    text = body[:20_000].decode(errors="replace")
+    if found := _FIELD.search(text):
+        wait = wait_in(found["value"], now, unit_s=0.001 if found["ms"] else 1.0)
+        if wait is not None:
+            return wait
+    found = _SPOKEN.search(text)
+    return wait_in(found["length"] or found["point"] or found["seconds"], now) if found else None

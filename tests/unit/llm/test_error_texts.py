@@ -709,13 +709,24 @@ WAITS: dict[str, tuple[int, Any, float]] = {
             "Rate limit reached on tokens per day (TPD): Limit 100000, Used 99900, Requested 500. "
             "Please try again in 1h5m45.6s."
         ),
-        3600.0,
+        3945.6,
     ),
     "google's minute in words": (
         429,
         error(f"{GOOGLE_TEXT} Please retry in 26.5s.", 429, "RESOURCE_EXHAUSTED"),
         26.5,
     ),
+    "words that begin with the same letter as minutes": (
+        429,
+        error("Rate limit reached. Please try again in 20 milliseconds."),
+        0.02,
+    ),
+    "a limit of 0 or -1 is none": (
+        429,
+        {"error": {"metadata": {"headers": {"x-ratelimit-limit-tokens": "0"}}}},
+        1.0,
+    ),
+    "a quota that comes back soon": (429, error("Quota exhausted. Try again in 2 minutes."), 120.0),
     "azure": (
         429,
         {

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from resilience.errors import RateLimited
+from rlm_tasks.llm.wire.errors import ErrorResponse, error_of
 from rlm_tasks.llm.wire.rate_limit_headers import DEFAULT_WAIT_S, LimitState, rate_limits, wait_s
+from rlm_tasks.settings.llm import EndpointSettings
 
+ENDPOINT = EndpointSettings(name="main", base_url="http://main/v1", key_env="MAIN_KEY")
 NOW = 1_796_047_800.0  # 2026-11-30T14:10:00Z
 DATE = {"date": "Mon, 30 Nov 2026 14:10:00 GMT"}
 OTHER_CLOCK = NOW - 5000  # this machine's clock is wrong, so the answer's own Date must count
@@ -103,6 +107,101 @@ WAITS: dict[str, tuple[dict[str, str], str, float]] = {  # headers, body, second
     ),
     "Google": ({}, '{"error":{"details":[{"@type":"RetryInfo","retryDelay": "12s"}]}}', 12),
     "Google with a fraction": ({}, '[{"error":{"details":[{"retryDelay":"34.07s"}]}}]', 34.07),
+    "a reset without its remaining": ({"x-ratelimit-reset-requests": "5s"}, "", 5),
+    "Anthropic's reset without its remaining": (
+        {"anthropic-ratelimit-requests-reset": "2026-11-30T14:10:12Z"},
+        "",
+        12,
+    ),
+    "a used-up limit counts before a reset without its remaining": (
+        {**NONE_LEFT, "x-ratelimit-reset-requests": "2", "x-ratelimit-reset": "86400"},
+        "",
+        2,
+    ),
+    "less than none is left": (
+        {"x-ratelimit-remaining-tokens": "-120", "x-ratelimit-reset-tokens": "5s"},
+        "",
+        5,
+    ),
+    "Groq": (
+        {
+            "retry-after": "2",
+            "x-ratelimit-remaining-requests": "0",
+            "x-ratelimit-reset-requests": "2m59.56s",
+        },
+        "",
+        2,
+    ),
+    "Cerebras": (
+        {
+            "x-ratelimit-remaining-tokens-minute": "0",
+            "x-ratelimit-reset-tokens-minute": "11.38",
+            "x-ratelimit-remaining-requests-day": "300",
+            "x-ratelimit-reset-requests-day": "33011.38",
+        },
+        "",
+        11.38,
+    ),
+    "Mistral": ({"ratelimitbysize-remaining": "0", "ratelimitbysize-reset": "31"}, "", 31),
+    "Mistral's minute": (
+        {"x-ratelimit-remaining-req-minute": "0", "x-ratelimit-reset-req-minute": "31"},
+        "",
+        31,
+    ),
+    "Together": ({"x-ratelimit-remaining": "0", "x-ratelimit-reset": "3"}, "", 3),
+    "Azure in milliseconds": ({"x-ms-retry-after-ms": "1500"}, "", 1.5),
+    "Azure's reset": ({**NONE_LEFT, "x-ratelimit-reset-requests": "10"}, "", 10),
+    "one header of the IETF": ({"RateLimit": "limit=100, remaining=0, reset=50"}, "", 50),
+    "one header of the newer IETF": ({"RateLimit": '"default";r=0;t=50'}, "", 50),
+    "one header with some left": ({"RateLimit": '"default";r=3;t=50'}, "", DEFAULT_WAIT_S),
+    "a unit in Retry-After": ({"Retry-After": "1m30s"}, "", 90),
+    "words of a unit in Retry-After": ({"Retry-After": "2 seconds"}, "", 2),
+    "ISO 8601 in Retry-After": ({"Retry-After": "2026-11-30T14:10:12Z"}, "", 12),
+    "two headers of one name": ({"Retry-After": "5, 5"}, "", 5),
+    "in quotes": ({"Retry-After": '"5"'}, "", 5),
+    "a date of 1994's form": ({"Retry-After": "Monday, 30-Nov-26 14:10:12 GMT"}, "", 12),
+    "a reset as a date of HTTP": (
+        {**NONE_LEFT, "x-ratelimit-reset-requests": "Mon, 30 Nov 2026 14:10:12 GMT"},
+        "",
+        12,
+    ),
+    "ISO 8601 without a zone": (
+        {**NONE_LEFT, "x-ratelimit-reset-requests": "2026-11-30T14:10:12"},
+        "",
+        12,
+    ),
+    "ISO 8601 with nanoseconds": (
+        {**NONE_LEFT, "x-ratelimit-reset-requests": "2026-11-30T14:10:12.123456789Z"},
+        "",
+        12.1,
+    ),
+    "a length of ISO 8601": ({**NONE_LEFT, "x-ratelimit-reset-requests": "PT1M30S"}, "", 90),
+    "Unix microseconds": ({**NONE_LEFT, "x-ratelimit-reset-requests": "1796047812000000"}, "", 12),
+    "Unix nanoseconds": (
+        {**NONE_LEFT, "x-ratelimit-reset-requests": "1796047812000000000"},
+        "",
+        12,
+    ),
+    "capitals and blanks": ({**NONE_LEFT, "x-ratelimit-reset-requests": "1H 2M"}, "", 3720),
+    "a time that is over": ({"Retry-After": "1796047000"}, "", DEFAULT_WAIT_S),
+    "LiteLLM before Anthropic": (
+        {
+            "llm_provider-anthropic-ratelimit-tokens-remaining": "0",
+            "llm_provider-anthropic-ratelimit-tokens-reset": "2026-11-30T14:10:12Z",
+        },
+        "",
+        12,
+    ),
+    "LiteLLM's own limit": ({}, "Remaining: 0. Limit resets at: 2026-11-30 14:10:12 UTC", 12),
+    "a field of the body": ({}, '{"detail":"slow down","retry_after":12}', 12),
+    "a field in milliseconds": ({}, '{"retry_after_ms": 1500}', 1.5),
+    "Google's within a text": ({}, r'{"message":"{\"retryDelay\": \"17s\"}"}', 17),
+    "Google with nested seconds": ({}, '{"retryDelay": {"seconds": 12}}', 12),
+    "a field below zero": ({}, '{"retry_after": -5}', DEFAULT_WAIT_S),
+    "words in milliseconds": ({}, "Try again in 20 milliseconds.", 0.02),
+    "words in minutes and seconds": ({}, "Try again in 1 minute and 20 seconds.", 80),
+    "words without a unit": ({}, '{"error":"Retry after 12."}', 12),
+    "a number of attempts is no wait": ({}, "Retry after 3 attempts.", DEFAULT_WAIT_S),
     "OpenAI's words": ({}, OPENAI % "Please try again in 1m20s.", 80),
     "OpenAI's words in milliseconds": ({}, OPENAI % "Please try again in 120ms.", 0.12),
     "OpenAI's words with a fraction": ({}, OPENAI % "Please try again in 7.66s. Visit", 7.66),
@@ -127,6 +226,9 @@ def test_a_429_gives_the_wait_that_is_meant(
     now = OTHER_CLOCK if "date" in headers else NOW
 
     assert wait_s(headers, body.encode("latin-1"), now) == pytest.approx(meant_s, rel=0.1)
+    found = error_of(ErrorResponse(429, headers, body.encode("latin-1"), now), ENDPOINT, ["key"])
+    assert isinstance(found, RateLimited)
+    assert found.retry_after_s == pytest.approx(meant_s, rel=0.1)
 
 
 def test_limits_are_read_behind_a_gateway_and_in_anthropics_names() -> None:

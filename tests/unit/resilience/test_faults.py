@@ -330,7 +330,8 @@ def test_a_registered_type_counts_before_its_name() -> None:
 
 
 @pytest.mark.parametrize(
-    ("retry_after", "wait_s"), [("0", 0.0), ("7", 7.0), ("1.5", 1.5), (120, 120.0)]
+    ("retry_after", "wait_s"),
+    [("0", 0.0), ("7", 7.0), ("1.5", 1.5), (120, 120.0), ("1m30s", 90.0), ("5, 5", 5.0)],
 )
 def test_retry_after_in_seconds(retry_after: Any, wait_s: float) -> None:
     assert retry_after_of(Retry_After=retry_after) == wait_s
