@@ -298,6 +298,8 @@ def _date(text: str) -> float | None:
 
     A date without a time zone is in UTC.
     """
+    if text.isdigit():  # too long for a number of seconds
+        return None
     for read in (email.utils.parsedate_to_datetime, datetime.fromisoformat):
         with suppress(ValueError, TypeError, OverflowError):
             date = read(text.upper().replace(" UTC", "Z"))
