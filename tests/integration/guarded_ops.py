@@ -160,9 +160,9 @@ def sleepy(item: float) -> list[float]:
 
 @operation("narrow_async", bulkhead=2, concurrency=10)
 async def narrow_async(item: int, ctx: Context) -> int:
-    """Hold one of two permits for a moment."""
+    """Hold one of two permits for a moment; two that begin together do not end together."""
     _journal(ctx, "begin")
-    await asyncio.sleep(0.02)
+    await asyncio.sleep(0.02 + 0.007 * (item % 3))
     _journal(ctx, "end")
     return item
 
