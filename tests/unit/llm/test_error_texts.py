@@ -199,7 +199,7 @@ REFUSALS: dict[str, tuple[int, Any, str, str]] = {
             "ContextWindowExceededError: AzureException - Too much. Received Model Group=gpt-4\n"
             "Available Model Group Fallbacks=None",
             "400",
-            None,  # type: ignore[arg-type]
+            None,  # type: ignore[arg-type]  # `param` is null on the wire
         ),
         LONG,
         "(400): Too much",
