@@ -576,10 +576,13 @@ class LeasedBucket:
     """
 
     LEASE_S = 0.1
+    ASK_AGAIN_S = 1.0
+    """For this time at most a denial counts without another round trip."""
 
     def __init__(self, bucket: TokenBucket) -> None:
         self._bucket, self._rate = bucket, next(iter(bucket.rates.values()))
-        self._left, self._spent, self._until, self._denied_until = 0.0, 0.0, 0.0, 0.0
+        self._left, self._spent, self._until = 0.0, 0.0, 0.0
+        self._denied_until, self._asks_at = 0.0, 0.0
 
     def acquire(self, amount: float = 1.0, *, priority: str = "critical") -> Grant:
         """Take an amount from the current batch, or with the next batch in one round trip."""
@@ -588,11 +591,13 @@ class LeasedBucket:
             self._left -= amount
             self._spent += amount
             return Grant(True, 0.0)
-        if now < self._denied_until:
+        if now < self._asks_at:
             return Grant(False, self._denied_until - now, limited_by=self._bucket.name)
         grant, leased = self._bucket.lease(amount, self._batch(), priority=priority)
         self._left, self._spent, self._until = leased, amount, now + self.LEASE_S
         self._denied_until = 0.0 if grant else now + grant.wait_s
+        # A pause of the provider may be released before its end.
+        self._asks_at = min(self._denied_until, now + self.ASK_AGAIN_S)
         return grant
 
     def _batch(self) -> float:

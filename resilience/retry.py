@@ -21,7 +21,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from pydantic import Field, model_validator
 
-from resilience.bucket import LocalShare, Rate
+from resilience.bucket import HOLD_MOST_S, LocalShare, Rate
 from resilience.bulkhead import underlying
 from resilience.errors import (
     Denied,
@@ -159,6 +159,8 @@ class Retry:
     random: Random = field(default_factory=Random)
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
+    asked_most_s: float = HOLD_MOST_S
+    """The longest wait that a service may ask for; then it is asked again."""
 
     def begin(self) -> RetryState:
         """Return the state of a call before its first attempt."""
@@ -217,8 +219,8 @@ class RetryState:
         """Return the seconds to wait before the next attempt, or raise the error if it is final.
 
         A `fault` gives the error a meaning other than that of `classify`.  If the service asked for
-        a longer wait, that counts, plus up to a tenth at random: so callers do not all return at
-        once.  Raises RetryBudgetExhausted when the retry budget is spent.
+        a longer wait, that counts, up to `asked_most_s`, plus up to a tenth at random: so callers
+        do not all return at once.  Raises RetryBudgetExhausted when the retry budget is spent.
         """
         policy, fault = self._retry.policy, fault or classify(error)
         if not policy.wants(error, fault):
@@ -230,8 +232,11 @@ class RetryState:
             self._refused_at = now
         if self.failures >= policy.max_attempts:
             raise error
-        asked_s = (fault.retry_after_s or 0.0) * self._retry.random.uniform(1.0, 1.1)
-        exact = is_a(error, Denied) and asked_s > 0
+        asked_s, is_ours = fault.retry_after_s or 0.0, is_a(error, Denied)
+        if not is_ours:
+            asked_s = min(asked_s, self._retry.asked_most_s)
+        asked_s *= self._retry.random.uniform(1.0, 1.1)
+        exact = is_ours and asked_s > 0
         wait_s = max(
             asked_s, 0.0 if exact else self._delay_s(requested=fault.retry_after_s is not None)
         )

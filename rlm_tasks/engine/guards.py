@@ -217,16 +217,18 @@ class OperationGuards:
             self._breaker.ended(held.admission, error)
         if self._bucket is None or held.grant is None:
             return
-        if (
-            error is not None
-            and (fault := classify(error)).code == RateLimited.code
-            and fault.retry_after_s
-        ):
-            self._bucket.hold(fault.retry_after_s)
+        if error is not None and (asked_s := self._pause_s(error)):
+            self._bucket.hold(asked_s)
         if _CPU in self._bucket.rates:
             used_s = time.process_time() - held.cpu_s
             self._cpu_s += 0.2 * (used_s - self._cpu_s)
             held.grant.settle(**{_CPU: used_s})
+
+    def _pause_s(self, error: BaseException) -> float:
+        """Return the seconds for which a 429 pauses the rate limit, 0 for other errors."""
+        if self._bucket is None or (fault := classify(error)).code != RateLimited.code:
+            return 0.0
+        return fault.retry_after_s or 0.0
 
     # --- one item ------------------------------------------------------------------------------
 
@@ -332,6 +334,8 @@ class OperationGuards:
             wait_s = policy.max_delay_s * self._random.uniform(0.5, 1.0)
         except Exception as final:
             return final
+        if self._pause_s(error):
+            wait_s = 0.0  # the pause is the bucket's: the item asks again, and joins its line
         attempt = f"attempt {state.failures + 1} of {policy.max_attempts}"
         why = f"{attempt} after {name_of(error)}"
         return Postponed(wait_s, why, tries=state.failures, reason=Reason.RETRY)
@@ -514,8 +518,13 @@ class ProcessGuards:
             if (bulkhead := self.bulkhead(protection)) is not None:
                 bulkhead.forget(bulkhead.owner_of(pid))
 
-    def retry_of(self, operation: str, protection: Protection) -> Retry | None:
-        """Return how an operation's items are tried again, or None when it declares no retry."""
+    def retry_of(
+        self, operation: str, protection: Protection, *, asked_most_s: float | None = None
+    ) -> Retry | None:
+        """Return how an operation's items are tried again, or None when it declares no retry.
+
+        `asked_most_s` is the longest wait that a service may ask for.
+        """
         if protection.retry is None:
             return None
         from resilience.retry import Retry, RetryBudget
@@ -526,5 +535,7 @@ class ProcessGuards:
             policy = protection.retry.model_copy(
                 update={"deadline_s": None, "max_refused_s": float("inf")}
             )
-            self._retries[operation] = Retry(policy, RetryBudget(protection.service, self.store))
+            retry = Retry(policy, RetryBudget(protection.service, self.store))
+            retry.asked_most_s = asked_most_s or retry.asked_most_s
+            self._retries[operation] = retry
         return self._retries[operation]

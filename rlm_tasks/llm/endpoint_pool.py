@@ -255,6 +255,14 @@ class EndpointPool:
         self._refused[bucket.name] = count, max(until, now + held_s)
         bucket.hold(held_s)
 
+    def passed(self, bucket: TokenBucket) -> None:
+        """Forget the 429 answers of a limit if it grants before the end of its pause.
+
+        Somebody has released it then, so its next pause is as long as the provider asks.
+        """
+        if self._refused.get(bucket.name, (0, 0.0))[1] > self._guards.store.clock():
+            del self._refused[bucket.name]
+
     def learn(self, endpoint: EndpointSettings, model: str, limits: RateLimitHeaders) -> None:
         """Lower a limit to the value in the headers of a good answer; a higher one is ignored."""
         self._refused.pop(self.bucket(endpoint, model).name, None)

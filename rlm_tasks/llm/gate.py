@@ -86,7 +86,9 @@ class Gate(OperationGuards):
             breaker=None,
             bucket=None,
             bulkhead=None,
-            retry=guards.retry_of(operation.name, about),
+            retry=guards.retry_of(
+                operation.name, about, asked_most_s=guards.settings.llm.hold_most_s
+            ),
             priority=spec.priority,
             urgency=URGENCY[spec.priority],
             store=guards.store,
@@ -282,6 +284,7 @@ class Gate(OperationGuards):
             for permit in taken:
                 permit.withdraw()
             raise
+        pool.passed(bucket)
         held.grant, held.permit, held.endpoint = grant, next(iter(taken), None), name
         pool.router.began(name)
 

@@ -63,6 +63,28 @@ def stubborn(item: int, ctx: Context) -> list[int]:
     return fragile(item, ctx)  # type: ignore[no-any-return]  # calling an operation calls its function
 
 
+class TooMany(Exception):
+    """An answer of 429 that asks for a pause of a day."""
+
+    status_code = 429
+    headers = {"Retry-After": "86400"}
+
+
+@operation("busy", merge=_listed, rate_limit=Rate(1000), retry=QUICK)
+def busy(item: int, ctx: Context) -> list[int]:
+    """Call a service that wants no calls while the file `busy` exists."""
+    _journal(ctx, "call")
+    if (Path(ctx.params["folder"]) / "busy").exists():
+        raise TooMany
+    return [item]
+
+
+@operation("busy_async", merge=_listed, rate_limit=Rate(1000), retry=QUICK, concurrency=4)
+async def busy_async(item: int, ctx: Context) -> list[int]:
+    """Do the same as `busy`, with four items in flight."""
+    return busy(item, ctx)  # type: ignore[no-any-return]  # calling an operation calls its function
+
+
 @operation(
     "second_best",
     breaker=BreakerConfig(failure_threshold=2, recovery_timeout_s=60),

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from resilience.bucket import HOLD_MOST_S
 from rlm_tasks import Client, JobExpired, Status
 from rlm_tasks.testing import embedded
 from tests.integration.conftest import client_of, environment_of
@@ -113,6 +114,20 @@ def test_closing_a_breaker_wakes_waiting_nodes(guarded: Client, tmp_path: Path) 
     assert job.result(timeout=20).output == list(range(6))
 
     assert time.monotonic() - began < 10, "no node has waited for the 60 s"
+
+
+@pytest.mark.parametrize("operation", ["busy", "busy_async"])
+def test_a_pause_of_a_day_that_a_service_asks_for_is_bounded_and_released(
+    guarded: Client, tmp_path: Path, operation: str
+) -> None:
+    (tmp_path / "busy").touch()
+    job = guarded.submit(operation=operation, items=range(20), params={"folder": str(tmp_path)})
+    wait_until(lambda: "asked for a pause until" in job.explain())
+    wait_until(lambda: not {node.state for node in job.tree()} & {"queued", "running"})
+    (tmp_path / "busy").unlink()
+
+    assert HOLD_MOST_S - 60 < guarded.release_limit(operation) <= HOLD_MOST_S
+    assert job.result(timeout=20).output == list(range(20))
 
 
 def test_a_fallback_answers_while_the_breaker_is_open(guarded: Client) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from resilience.breaker_storage import BreakerConfig
-from resilience.bucket import Rate
+from resilience.bucket import HOLD_MOST_S, Rate
 from resilience.bulkhead import Elastic
 from resilience.errors import BulkheadFull, InvalidValue, NeverSatisfiable, RateLimited
 from resilience.retry import RetryPolicy
@@ -126,12 +126,49 @@ def test_a_429_of_the_provider_pauses_its_bucket_and_costs_no_attempt(world: Wor
     with pytest.raises(Postponed) as put_off:
         one.call(1, context(), tries=0, waiter="")
 
-    assert put_off.value.tries == 0
-    assert 7 <= put_off.value.wait_s <= 7.7
+    assert (put_off.value.tries, put_off.value.wait_s) == (0, 0), "the pause is the bucket's"
     assert on._breakers["op"].failure_count == 0
     with pytest.raises(Postponed) as held:
         one.call(2, context(), tries=0, waiter="")
     assert held.value.wait_s == pytest.approx(7)
+
+
+def test_nodes_that_wait_for_a_pause_of_a_service_stand_in_its_line(world: World) -> None:
+    class TooMany(Exception):
+        status_code = 429
+        headers = {"Retry-After": "86400"}
+
+    def fail(_: int) -> None:
+        raise TooMany
+
+    on = guards(world)
+    one = guarded(on, fail, rate_limit=Rate(100), retry=5)
+    with pytest.raises(Postponed):
+        one.call(1, context(), tries=0, waiter="job 1")
+    with pytest.raises(Postponed) as held:
+        one.call(1, context(), tries=0, waiter="job 1")
+    woken: list[str] = []
+
+    assert held.value.wait_s == pytest.approx(HOLD_MOST_S)
+    assert (held.value.noted, one.still_waits("job 1")) == (True, True)
+    on._buckets["op"].release(woken.extend)
+    assert woken == ["job 1"]
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_no_service_lets_a_node_wait_for_a_day(world: World, status: int) -> None:
+    class Busy(Exception):
+        status_code = status
+        headers = {"Retry-After": "86400"}
+
+    def fail(_: int) -> None:
+        raise Busy
+
+    one = guarded(guards(world), fail, retry=5)
+    with pytest.raises(Postponed) as put_off:
+        one.call(1, context(), tries=0, waiter="")
+
+    assert HOLD_MOST_S <= put_off.value.wait_s <= 1.1 * HOLD_MOST_S
 
 
 def test_processor_time_is_counted_automatically(world: World) -> None:

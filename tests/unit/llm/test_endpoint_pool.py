@@ -104,6 +104,22 @@ def test_consecutive_429_answers_double_the_pause_until_a_call_succeeds(
     assert [*found, held()] == [2.0, 4.0, 8.0, 2.0]
 
 
+def test_a_released_pause_does_not_lengthen_the_next_one(world: World) -> None:
+    pool, other = pool_of(world), pool_of(world)
+    bucket = pool.bucket(MAIN, MINI)
+    for _ in range(3):
+        pool.hold(MAIN, MINI, 10.0)
+        world.sleep(bucket.status()["requests"]["hold_s"] + 0.1)
+    pool.passed(bucket)
+    pool.hold(MAIN, MINI, 10.0)
+    before = bucket.status()["requests"]["hold_s"]
+    other.bucket(MAIN, MINI).release()
+    pool.passed(bucket)
+    pool.hold(MAIN, MINI, 10.0)
+
+    assert [before, bucket.status()["requests"]["hold_s"]] == pytest.approx([80.0, 10.0])
+
+
 def test_a_process_is_full_when_its_pool_or_every_endpoint_is_full(world: World) -> None:
     pool = pool_of(world, pool=3, per_host=2)
     for name, full in (("main", False), ("main", False), ("spare", True)):

@@ -154,6 +154,14 @@ def test_a_denied_call_gives_back_all_that_it_has_taken(world: World) -> None:
     assert job_gate.enter(1).flight.state == "mine"  # no flight is left over
 
 
+def test_a_failing_endpoint_cannot_put_an_item_off_for_a_day(world: World) -> None:
+    gate = JobGate(world, {}, hold_most_s=5.0).gate
+    outcome = gate._after_failure(ProviderDown("one", "answers 503", 86_400.0), tries=0)
+
+    assert isinstance(outcome, Postponed)
+    assert 5.0 <= outcome.wait_s <= 5.5
+
+
 @pytest.mark.parametrize(("keys", "turn_s"), [(["A"], 10.0), (["A", "A"], 10.0), (["A", "B"], 5.0)])
 def test_denied_calls_wait_in_one_line_for_any_number_of_endpoints(
     world: World, monkeypatch: pytest.MonkeyPatch, keys: list[str], turn_s: float

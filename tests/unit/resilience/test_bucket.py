@@ -404,6 +404,23 @@ def test_leases_of_several_processes_never_admit_more_than_the_rate(world: World
     assert len(admitted) >= 0.9 * 3 * 1000
 
 
+def test_a_leased_bucket_notes_soon_that_a_pause_was_released(world: World) -> None:
+    bucket = TokenBucket("router", world.store(), messages=ROUTER)
+    store = world.store()
+    leased = LeasedBucket(TokenBucket("router", store, messages=ROUTER))
+    bucket.hold(500.0)
+
+    assert leased.acquire().wait_s == pytest.approx(500)
+    asked = store.round_trips
+    world.sleep(0.5)
+    assert leased.acquire().wait_s == pytest.approx(499.5)
+    assert store.round_trips == asked, "a denial counts for a while"
+    bucket.release()
+    world.sleep(LeasedBucket.ASK_AGAIN_S)
+
+    assert leased.acquire()
+
+
 class Oracle:
     """One limit in plain Python: the same rule, computed from a list of all grants."""
 
