@@ -322,7 +322,10 @@ class OperationGuards:
         """Return the postponement of a failed item, or its error when it is not tried again."""
         from resilience.retry import RetryState
 
+        # A pause of the bucket is its own matter: the item asks again, and joins its line.
+        is_paused = self._pause_s(error) > 0
         if (wait := wait_of(error, tries)) is not None:
+            wait.wait_s = 0.0 if is_paused else wait.wait_s
             return wait
         if self._retry is None:
             return error
@@ -334,11 +337,11 @@ class OperationGuards:
             wait_s = policy.max_delay_s * self._random.uniform(0.5, 1.0)
         except Exception as final:
             return final
-        if self._pause_s(error):
-            wait_s = 0.0  # the pause is the bucket's: the item asks again, and joins its line
         attempt = f"attempt {state.failures + 1} of {policy.max_attempts}"
         why = f"{attempt} after {name_of(error)}"
-        return Postponed(wait_s, why, tries=state.failures, reason=Reason.RETRY)
+        return Postponed(
+            0.0 if is_paused else wait_s, why, tries=state.failures, reason=Reason.RETRY
+        )
 
     # --- many in flight ------------------------------------------------------------------------
 

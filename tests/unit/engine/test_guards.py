@@ -133,18 +133,22 @@ def test_a_429_of_the_provider_pauses_its_bucket_and_costs_no_attempt(world: Wor
     assert held.value.wait_s == pytest.approx(7)
 
 
-def test_nodes_that_wait_for_a_pause_of_a_service_stand_in_its_line(world: World) -> None:
+@pytest.mark.parametrize("ours", [False, True])
+def test_nodes_that_wait_for_a_pause_of_a_service_stand_in_its_line(
+    world: World, ours: bool
+) -> None:
     class TooMany(Exception):
         status_code = 429
         headers = {"Retry-After": "86400"}
 
     def fail(_: int) -> None:
-        raise TooMany
+        raise RateLimited("service", 86_400.0, "busy") if ours else TooMany()
 
     on = guards(world)
     one = guarded(on, fail, rate_limit=Rate(100), retry=5)
-    with pytest.raises(Postponed):
+    with pytest.raises(Postponed) as put_off:
         one.call(1, context(), tries=0, waiter="job 1")
+    assert put_off.value.wait_s == 0, "the pause is the bucket's"
     with pytest.raises(Postponed) as held:
         one.call(1, context(), tries=0, waiter="job 1")
     woken: list[str] = []
