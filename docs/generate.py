@@ -81,6 +81,17 @@ Every third answer of this provider is a refusal.
 A prompt may also ask for an odd answer: `ODD-ANSWER: refused`.
 With `ODD-ANSWER: server-error x2` the first two calls of that prompt fail, and the third succeeds.
 
+A provider can also be odd for all of its run.
+The options of `running` are those of the command line, and they can be combined:
+
+| option | effect |
+|---|---|
+| `always="max-tokens-refused"` | it knows only `max_completion_tokens` |
+| `always="usage-missing"` | no answer states its usage |
+| `context=4096` | a question that has more tokens, with those of its answer, is refused |
+| `slots=2` | two answers are made at once, and other questions wait |
+| `models_status=403` | the status of `GET /v1/models` |
+
 `provider.report()` has the calls and the billed tokens of each name under `by_kind`.
 `python -m rlm_tasks.testing.fake_provider --list` prints this table.
 [Language models](../llm.md#each-kind-of-answer) says what a job does with each kind of answer.

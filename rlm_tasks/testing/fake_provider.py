@@ -364,6 +364,7 @@ class ChatRequest(msgspec.Struct):
     model: str
     messages: Annotated[list[dict[str, str]], msgspec.Meta(min_length=1)]
     max_tokens: int = 256
+    max_completion_tokens: int | None = None
     stream: bool = False
     stream_options: StreamOptions = msgspec.field(default_factory=StreamOptions)
     response_format: Format = msgspec.field(default_factory=Format)
@@ -371,11 +372,19 @@ class ChatRequest(msgspec.Struct):
     def __post_init__(self) -> None:
         if not all({"role", "content"} <= set(message) for message in self.messages):
             raise ValueError("messages: each has a role and a content")
+        self.max_tokens = self.max_completion_tokens or self.max_tokens
+        if (asks := self.asks_for) is not None and asks[1] not in ODD_ANSWERS:
+            raise ValueError(f"messages: there is no odd answer {asks[1]!r}; --list prints them")
 
     @property
     def schema(self) -> dict[str, Any] | None:
         """The JSON schema of the answer, if there is one."""
         return self.response_format.json_schema.schema if self.response_format.json_schema else None
+
+    @property
+    def asks_for(self) -> re.Match[str] | None:
+        """The last message's wish for an odd answer, see `ASKS_FOR`."""
+        return ASKS_FOR.search(self.messages[-1]["content"])
 
     @property
     def digest(self) -> bytes:
@@ -387,7 +396,8 @@ class FakeProvider:
     """The server: limits, schedule, counts and a model.
 
     An answer takes about `latency_s` seconds.  It makes as many answers at once as it has `slots`;
-    further questions wait.
+    further questions wait.  It refuses a question above its `context`, in tokens of prompt and
+    answer; 0: no limit.  `always` is the odd answer to all other questions.
     """
 
     def __init__(
@@ -399,6 +409,9 @@ class FakeProvider:
         tokenizer: Tokenizer | None = None,
         *,
         slots: int = 1_000_000,
+        context: float = 0,
+        models_status: int = 200,
+        always: str | None = None,
     ) -> None:
         self._new_window, self._model, self._schedule, self._latency_s = (
             new_window,
@@ -409,7 +422,8 @@ class FakeProvider:
         self._tokenizer = tokenizer or TOKENIZERS["bytes"]()
         self._window, self._counts, self._random = new_window(), Counts(), Random(1)
         self._given: Counter[bytes] = Counter()  # odd answers by the digest of their question
-        self._models_status = 200
+        self._context, self._always = context, always
+        self._models_status = models_status
         self._in_flight = self._connections = 0
         self._slots = asyncio.Semaphore(slots)
         self._routes = {
@@ -497,7 +511,7 @@ class FakeProvider:
                 await asyncio.sleep(self._latency_s * self._random.uniform(0.8, 1.2))
             if rule is not None:
                 counts.faults[rule.kind] += 1
-            if (odd := self._odd_for(chat, rule)) is not None:
+            if (odd := self._odd_for(chat, prompt, rule)) is not None:
                 response = self._odd_response(chat, odd, prompt, request)
                 self._window.settle(entry, response.prompt + response.completion)
                 await connection.send_odd(response)
@@ -515,15 +529,19 @@ class FakeProvider:
             self._in_flight -= 1
         return None
 
-    def _odd_for(self, chat: ChatRequest, rule: Rule | None) -> str | None:
-        """Return the name of the odd answer that the schedule or the prompt asks for."""
+    def _odd_for(self, chat: ChatRequest, prompt: int, rule: Rule | None) -> str | None:
+        """Return the name of the odd answer to a request, if it gets one.
+
+        The schedule comes first, then the wish of the prompt, then the modes of the server."""
         if rule is not None:
             return rule.kind if rule.kind in ODD_ANSWERS else None
-        asks = ASKS_FOR.search(chat.messages[-1]["content"])
-        if asks is None or asks[1] not in ODD_ANSWERS:
-            return None
-        self._given[chat.digest] += 1
-        return asks[1] if self._given[chat.digest] <= int(asks[2] or sys.maxsize) else None
+        if (asks := chat.asks_for) is not None:
+            self._given[chat.digest] += 1
+            if self._given[chat.digest] <= int(asks[2] or sys.maxsize):
+                return asks[1]
+        if self._context and prompt + chat.max_tokens > self._context:
+            return "context-openai"
+        return self._always
 
     def _odd_response(
         self, chat: ChatRequest, name: str, prompt: int, request: Request
@@ -538,6 +556,7 @@ class FakeProvider:
                 completion=self._tokenizer.count(text),
                 max_tokens=chat.max_tokens,
                 stream=chat.stream,
+                states_usage=not chat.stream or chat.stream_options.include_usage,
                 parameters=frozenset(msgspec.json.decode(request.body)),
                 now=time.time(),
             )
@@ -735,6 +754,9 @@ async def _run(options: argparse.Namespace) -> None:
         options.latency,
         TOKENIZERS[options.tokenizer](),
         slots=options.slots,
+        context=options.context,
+        models_status=options.models_status,
+        always=options.always,
     )
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
     for each in (signal.SIGTERM, signal.SIGINT):
@@ -770,6 +792,18 @@ def _main() -> None:
     options.add_argument("--latency", type=float, default=0.0, help="mean seconds of an answer")
     options.add_argument(
         "--slots", type=int, default=1_000_000, help="answers made at once; other questions wait"
+    )
+    options.add_argument(
+        "--context", type=float, default=0.0, help="tokens of its context; 0: no limit"
+    )
+    options.add_argument(
+        "--models-status", type=int, default=200, help="status of answers to GET /v1/models"
+    )
+    options.add_argument(
+        "--always",
+        choices=list(ODD_ANSWERS),
+        metavar="NAME",
+        help="an odd answer for each question, such as usage-missing",
     )
     rules = msgspec.json.Decoder(list[Rule])
     options.add_argument(

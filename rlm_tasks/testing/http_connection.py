@@ -18,6 +18,9 @@ from rlm_tasks.testing.odd_responses import Response
 MOST_BYTES = 64 * 2**20
 """Bytes of the longest accepted request."""
 
+SLOW_S = 3.0
+"""Seconds that a slow answer takes, from its first byte to its last."""
+
 
 class Request(msgspec.Struct):
     """One HTTP request; names of headers are lower case."""
@@ -114,10 +117,12 @@ class Connection:
         if response.wire != "reset":
             head, body = _framed(response)
             self._writer.write(head)
-            if response.wire == "one-byte":
+            if response.wire in ("one-byte", "slow-bytes"):
                 for at in range(len(body)):
                     self._writer.write(body[at : at + 1])
                     await self._writer.drain()
+                    if response.wire == "slow-bytes":
+                        await self.pause(SLOW_S / len(body))
             elif response.wire != "headers":
                 self._writer.write(body)
             await self._writer.drain()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gzip
 import re
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -542,7 +543,12 @@ _TABLE: dict[str, dict[str, tuple[str, Make]]] = {
             "the body is packed",
             answer(headers={"Content-Encoding": "gzip"}, edit=gzip.compress),
         ),
+        "deflate": (
+            "the body is packed in another way",
+            answer(headers={"Content-Encoding": "deflate"}, edit=zlib.compress),
+        ),
         "one-byte": ("each byte comes alone", answer(wire="one-byte")),
+        "slow-bytes": ("each byte comes alone, for three seconds", answer(wire="slow-bytes")),
     },
     "stream": {
         "delta-null": (
@@ -565,8 +571,8 @@ _TABLE: dict[str, dict[str, tuple[str, Make]]] = {
             "the usage in an event with a choice",
             answer(
                 events=lambda events: [
-                    *events[:-1],
-                    {**events[-1], "choices": [{"index": 0, "delta": {}}]},
+                    {**each, "choices": [{"index": 0, "delta": {}}]} if "usage" in each else each
+                    for each in events
                 ]
             ),
         ),

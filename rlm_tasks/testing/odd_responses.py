@@ -29,6 +29,7 @@ class Asked:
     completion: int  # tokens of the good answer
     max_tokens: int
     stream: bool
+    states_usage: bool  # a stream states it on request
     parameters: frozenset[str]  # the names of the fields of the request
     now: float  # seconds since 1970
 
@@ -138,7 +139,7 @@ def answer(
     """
 
     def make(asked: Asked) -> Response:
-        stated = usage(asked)
+        stated = usage(asked) if asked.states_usage else NOTHING_SAID
         said = message(asked.text)
         if asked.stream:
             body = _streamed(events(_events(said, finish, stated)))

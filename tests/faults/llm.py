@@ -1,9 +1,9 @@
 """Calls to models through the whole platform, against a provider with true sliding windows.
 
 ``python -m tests.faults.llm`` runs two workers of four processes against the fake provider, which
-counts every token.  A window of 10 s stands for a minute.  It prints four tables: use of the
-limits, exactness of answers after faults and kills, spending of budgets, and delay of other jobs.
-It exits with 1 when a promise is broken.  `tests/faults/test_llm.py` calls the parts; begin with
+counts every token.  A window of 10 s stands for a minute.  It prints a table for each
+part: use of limits, exactness after faults and kills, budgets, refused items, other jobs.  It exits
+with 1 when a promise is broken.  `tests/faults/test_llm.py` calls the parts; begin with
 `stage`."""
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ WINDOWS, WINDOW_S = 30, 10.0
 WORKERS, SLOTS = 2, 4
 LATENCY_S = 0.05
 """The provider's time for an answer; it corresponds to 0.3 s with windows of a minute."""
-LEAST_USE, MOST_HINDRANCE = 0.97, 1.1
+LEAST_USE, MOST_HINDRANCE, MOST_REFUSED = 0.97, 1.1, 1.2
 SCALES = (0.25, 1.0)
 """Scales of the limits for the last part: at the first the machine is nearly idle, at the second
 the calls keep it half busy.
@@ -55,6 +55,8 @@ ATTEMPTS = 8
 """Attempts of an item: with these no item fails for good, though more than one call in ten fails.
 """
 TIMEOUT_S = 1.0
+STREAMED = {"RLM_LLM__ENDPOINTS": '[{"name": "main", "stream": true}]'}
+"""The setting for streamed answers."""
 LATE = [{"kind": "slow", "every": 5, "seconds": TIMEOUT_S}]
 """Answers that the provider gives, and counts, after the caller's timeout."""
 
@@ -436,14 +438,15 @@ ODD = (
     *("usage-missing", "usage-negative", "usage-zeros", "usage-total-only", "usage-texts"),
     *("usage-reasoning-in-total", "no-choices", "not-json", "cut-chunks", "short-body"),
     *("reset", "reset-after-headers", "html-502", "timeout-504", "server-error", "cut-text"),
+    *("error-event", "unfinished", "json-instead", "events-instead", "delta-null"),
 )
 """Odd answers that bill tokens in one way or another, and some that do not."""
 
 
-def in_a_storm(on: Stage, seed: int, budget: float) -> Spent:
+def in_a_storm(on: Stage, seed: int, budget: float, kind: str = "whole") -> Spent:
     """Let all processes spend a budget of tokens while half of the answers are odd.
 
-    The seed chooses the odd answers and a process that is killed."""
+    The seed chooses the odd answers and a process that is killed; `kind` is for the table."""
     random, began = Random(seed), time.monotonic()
     kinds = random.sample(ODD, 12)
     on.reset(*({"kind": kind, "every": random.randint(7, 29)} for kind in kinds))
@@ -464,7 +467,7 @@ def in_a_storm(on: Stage, seed: int, budget: float) -> Spent:
             on.kill_process()
     result, seen = job.result(timeout=150, propagate=False), on.provider.report()
     return Spent(
-        unit=f"tokens, seed {seed}",
+        unit=f"tokens, seed {seed}, {kind}",
         budget=budget,
         counted=seen["prompt_tokens"] + seen["completion_tokens"],
         reported=result.spent.spent["tokens"] if result.spent else 0.0,
@@ -510,7 +513,71 @@ def _long(items: int) -> tuple[dict[str, Any], Right]:
     return asked, lambda it: it.output == [texts[index] for index in it.successful]
 
 
-# --- e. other jobs are not delayed ------------------------------------------------------------
+# --- e. refused items do not delay others -----------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Refusals:
+    """Jobs of which each third item is refused, in turn with jobs without refusals."""
+
+    items: int
+    plain_s: list[float]  # seconds of each job without refusals
+    refused_s: list[float]
+    calls: int  # the provider's count, for the jobs with refusals
+    failed: int
+    done: int
+    opened: int  # breakers that are open or half-open at the end
+
+    @property
+    def share(self) -> float:
+        """The median time with refusals, as a multiple of the one without."""
+        return statistics.median(self.refused_s) / statistics.median(self.plain_s)
+
+    @property
+    def row(self) -> dict[str, str]:
+        """The row of the table."""
+        return {
+            "jobs": f"{len(self.refused_s)} of {self.items} items",
+            "done": str(self.done),
+            "refused": str(self.failed),
+            "calls": str(self.calls),
+            "open breakers": str(self.opened),
+            "median without": f"{statistics.median(self.plain_s):.2f} s",
+            "median with": f"{statistics.median(self.refused_s):.2f} s",
+            "x": f"{self.share:.2f}",
+        }
+
+    @property
+    def kept(self) -> bool:
+        """Whether each item had one call, each good one is done, and the time is about equal."""
+        each_once = self.calls == self.done + self.failed == self.items * len(self.refused_s)
+        return each_once and not self.opened and self.share <= MOST_REFUSED
+
+
+def beside_refusals(on: Stage, items: int, pairs: int) -> Refusals:
+    """Run jobs with and without refusals in turn."""
+    on.reset()
+    plain_s, refused_s, calls, failed, done = list[float](), list[float](), 0, 0, 0
+    for number in range(pairs):
+        for odd, times in (("", plain_s), (" ODD-ANSWER: refused", refused_s)):
+            texts = [f"{number} {at} of {len(odd)}{odd * (at % 3 == 0)}" for at in range(items)]
+            before, began = on.provider.report()["requests"], time.monotonic()
+            result = on.client.execute(
+                operation="llm.map",
+                items=texts,
+                params={"prompt": "{item}", "max_tokens": MOST_TOKENS},
+                continue_on_error=True,
+                timeout=60,
+            )
+            times.append(time.monotonic() - began)
+            if odd:
+                calls += on.provider.report()["requests"] - before
+                failed, done = failed + result.failed_count, done + result.done
+    opened = sum(each["state"] != "closed" for each in on.client.breakers.status().values())
+    return Refusals(items, plain_s, refused_s, calls, failed, done, opened)
+
+
+# --- f. other jobs are not delayed ------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -615,7 +682,7 @@ def calls_by_hand(on: Stage, rate: float) -> Iterator[None]:
 # --- all of it --------------------------------------------------------------------------------
 
 
-Found = Use | Answers | Spent | Beside
+Found = Use | Answers | Spent | Refusals | Beside
 
 
 def show(*found: Found) -> None:
@@ -631,8 +698,9 @@ def show(*found: Found) -> None:
         console.print(table)
 
 
-PARTS = ["use", "answers", "budgets", "storm", "beside"]
+PARTS = ["use", "answers", "budgets", "storm", "refusals", "beside"]
 STORMS = 20
+"""Storms with whole answers; the same number with streamed ones."""
 KILLS = {0.15: "process", 0.3: "process", 0.45: "worker", 0.7: "process"}
 
 
@@ -678,8 +746,12 @@ def main() -> int:
             ]
             found.append(on_a_budget(on, "tokens", 2000.0, late=True))
     if "storm" in parts:
-        with stage(slots=8, RLM_BREAKERS__ENABLED="0") as on:
-            found += [in_a_storm(on, seed, 3000.0) for seed in range(STORMS)]
+        for kind, more in (("whole", {}), ("streamed", STREAMED)):
+            with stage(slots=8, RLM_BREAKERS__ENABLED="0", **more) as on:
+                found += [in_a_storm(on, seed, 3000.0, kind) for seed in range(STORMS)]
+    if "refusals" in parts:
+        with stage() as on:
+            found.append(beside_refusals(on, 200, 7))
     if "beside" in parts:
         for scale in SCALES:
             with stage("tokens", asked.window, scale=scale) as on:

@@ -8,6 +8,7 @@ import pytest
 
 from rlm_tasks.jobs.splitting import ROOT_PARTS_PER_SLOT
 from tests.faults.llm import (
+    STREAMED,
     Stage,
     against_limits,
     in_a_storm,
@@ -82,6 +83,16 @@ def test_late_answers_are_charged_to_the_budget(on: Stage) -> None:
 @pytest.mark.parametrize("seed", [1, 2])
 def test_a_budget_holds_to_within_one_call_in_a_storm_of_odd_answers(on: Stage, seed: int) -> None:
     spent = in_a_storm(on, seed, 600.0)
+    show(spent)
+
+    assert spent.counted <= spent.budget + spent.one_call
+    assert spent.reported >= spent.counted, "the provider bills no more than is counted"
+    assert spent.merged, "each item is done, failed or skipped"
+
+
+def test_a_budget_holds_to_within_one_call_in_a_storm_of_odd_streams() -> None:
+    with stage(workers=1, slots=SLOTS, RLM_BREAKERS__ENABLED="0", **STREAMED) as on:
+        spent = in_a_storm(on, 3, 600.0, "streamed")
     show(spent)
 
     assert spent.counted <= spent.budget + spent.one_call

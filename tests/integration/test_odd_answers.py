@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import SecretStr
@@ -15,7 +18,7 @@ from resilience.faults import classify
 from rlm_tasks.client.client import Client
 from rlm_tasks.llm.endpoint import Endpoint
 from rlm_tasks.llm.wire.answers import Answer, Question
-from rlm_tasks.settings.llm import EndpointSettings
+from rlm_tasks.settings.llm import TIERS, EndpointSettings
 from rlm_tasks.testing import embedded
 from rlm_tasks.testing.fake_provider import Running, running
 from rlm_tasks.testing.odd_answers import ODD_ANSWERS
@@ -158,7 +161,9 @@ ENDS: dict[str, str] = {
     "http-10": TEXT,
     "closed-after": TEXT,
     "gzip": TEXT,
+    "deflate": TEXT,
     "one-byte": TEXT,
+    "slow-bytes": LATE,
     "delta-null": TEXT,
     "delta-missing": TEXT,
     "choices-null": TEXT,
@@ -175,7 +180,7 @@ ENDS: dict[str, str] = {
     "events-instead": TEXT,
 }
 """How a call ends: with a text, or with the code of its failure."""
-STREAMED = {"error-event": UNUSABLE, "unfinished": UNUSABLE}
+STREAMED = {"error-event": UNUSABLE, "unfinished": UNUSABLE, "slow-bytes": TEXT}
 """The ends of streamed answers that differ."""
 ASKED_TWICE = {"max-tokens-refused"}
 ASKED_TWICE_IN_STREAMS = {*ASKED_TWICE, "stream-options-refused"}
@@ -187,6 +192,7 @@ EXACT = {
     *(name for name, end in ENDS.items() if ODD_ANSWERS[name].group in ("content", "stream")),
 } - {name for name, end in ENDS.items() if end == UNUSABLE and name != "no-choices"}
 """The answers whose cost is known, so that the budget counts just what is billed."""
+MODELS = ("gpt-4.1-nano", "gpt-4.1-mini", "gpt-4.1")
 PRICES = {"input_price": 1000.0, "cached_price": 250.0, "output_price": 4000.0}
 
 
@@ -231,7 +237,7 @@ def test_each_odd_answer_is_a_text_a_fault_or_an_error(provider: Running, stream
 # --- through a worker -------------------------------------------------------------------------
 
 WAITING = {name for name, end in ENDS.items() if end == LATER}
-"""A pause holds all calls of its key; tests/integration/test_llm_pauses.py has them."""
+"""A pause holds all calls of its key."""
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["whole", "stream"])
@@ -250,7 +256,7 @@ def client(
         ANY="any",
         RLM_BREAKERS__ENABLED="0",
         RLM_LLM__ENDPOINTS=json.dumps([main]),
-        RLM_LLM__MODELS=json.dumps({"gpt-4.1-mini": {**PRICES, "tokens": 1e9}}),
+        RLM_LLM__MODELS=json.dumps({each: {**PRICES, "tokens": 1e9} for each in MODELS}),
         RLM_LLM__ATTEMPTS=str(ATTEMPTS),
         RLM_LLM__TIMEOUT_S="1",
     )
@@ -264,6 +270,10 @@ def client(
 def test_each_odd_answer_is_paid_as_billed_and_made_as_often_as_it_helps(
     client: tuple[Client, bool], provider: Running
 ) -> None:
+    def tier_of(name: str) -> str:
+        """A refused parameter is not sent again to its model, and without it streams lack usage."""
+        return "small" if name in ASKED_TWICE_IN_STREAMS else "medium"
+
     own, stream = client
     provider.reset()
     names = [name for name in ODD_ANSWERS if name not in WAITING]
@@ -271,7 +281,7 @@ def test_each_odd_answer_is_paid_as_billed_and_made_as_often_as_it_helps(
         own.submit(
             operation="llm.map",
             items=[f"The water is warm today. ODD-ANSWER: {name}"],
-            params={"prompt": "{item}", "max_tokens": 50, "temperature": 0},
+            params={"prompt": "{item}", "max_tokens": 50, "temperature": 0, "tier": tier_of(name)},
             options={"budget": {"money": 1000}, "continue_on_error": True},
         )
         for name in names
@@ -292,6 +302,106 @@ def test_each_odd_answer_is_paid_as_billed_and_made_as_often_as_it_helps(
         elif spent < billed - 1e-9 or (name in exact and spent > billed + 1e-9):
             wrong[name] = ("spent", spent, "billed", billed)
     assert wrong == {}
+
+
+@pytest.mark.parametrize("client", [False], ids=["whole"], indirect=True)
+def test_an_item_waits_after_a_429_and_its_next_call_is_answered(
+    client: tuple[Client, bool], provider: Running
+) -> None:
+    own, _ = client
+    provider.reset()
+    names = sorted(WAITING - {"wait-a-day"})
+    items = {name: f"Warm water. ODD-ANSWER: {name} x1" for name in names}
+
+    jobs = {  # each model has pauses of its own
+        tier: own.submit(
+            operation="llm.map",
+            items=[items[name] for name in names[number::3]],
+            params={"prompt": "{item}", "max_tokens": 50, "temperature": 0, "tier": tier},
+            options={"budget": {"money": 1000}},
+        )
+        for number, tier in enumerate(TIERS)
+    }
+    results = [job.result(timeout=60) for job in jobs.values()]
+
+    report = provider.report()
+    assert [each.output for each in results] == [[*items.values()][n::3] for n in range(3)]
+    calls = {name: each["answered"] for name, each in report["by_kind"].items()}
+    assert calls == dict.fromkeys(names, 1)
+    assert (report["requests"], report["answered"]) == (2 * len(names), len(names))
+    spent = [each.spent.spent["money"] for each in results if each.spent is not None]
+    assert sum(spent) == pytest.approx(_price(report))
+
+
+def test_the_breaker_counts_no_answer_that_is_the_fault_of_its_item(
+    provider: Running, server: embedded.Server, tmp_path: Path
+) -> None:
+    main = {"name": "main", "base_url": provider.base_url, "key_env": "ANY"}
+    environment = environment_of(
+        server.url,
+        "odd-breakers",
+        ANY="any",
+        RLM_BREAKERS__FAILURE_THRESHOLD="1",
+        RLM_LLM__ENDPOINTS=json.dumps([main]),
+    )
+    provider.reset()
+    names = [name for name in ODD_ANSWERS if ENDS[name] not in {*REPEATED, LATER}]
+    with ExitStack() as stack:
+        own = stack.enter_context(client_of(environment))
+        stack.enter_context(embedded.worker(environment, log=tmp_path / "worker.log", slots=1))
+        result = own.execute(
+            operation="llm.map",
+            items=[f"Warm water. ODD-ANSWER: {name}" for name in names],
+            params={"prompt": "{item}", "max_tokens": 50},
+            continue_on_error=True,
+            timeout=60,
+        )
+        breaker = own.breakers.status()["llm:main"]
+
+    ends = dict.fromkeys(names, TEXT) | {names[each.index]: each.code for each in result.failed}
+    assert {name: end for name, end in ends.items() if end != ENDS[name]} == {}
+    assert (breaker["state"], breaker["last_failure_time"]) == ("closed", None)
+    assert provider.report()["requests"] == len(names) + len(ASKED_TWICE), "nobody asked again"
+
+
+# --- modes of the provider --------------------------------------------------------------------
+
+
+def test_a_provider_has_modes_for_its_whole_run() -> None:
+    long = {"messages": [{"role": "user", "content": "water " * 20}], "max_tokens": 20}
+    refused = "context_length_exceeded"
+    with running(context=40, models_status=403, always="usage-missing") as own:
+        assert _post(own, long)["error"]["code"] == refused
+        short = _post(own, {**long, "max_tokens": 5})
+        assert (_post(own, long)["error"]["code"], own.report()["answered"]) == (refused, 1)
+        assert _sent(own, "GET", "/v1/models")[0] == 403
+    assert (short["choices"][0]["finish_reason"], "usage" in short) == ("stop", False)
+
+
+def test_max_completion_tokens_bounds_an_answer_and_a_wrong_name_is_refused(
+    provider: Running,
+) -> None:
+    asked = {"messages": [{"role": "user", "content": "The water is warm today"}]}
+    wrong = {"messages": [{"role": "user", "content": "ODD-ANSWER: refussed"}]}
+
+    assert _post(provider, {**asked, "max_completion_tokens": 1})["usage"]["completion_tokens"] == 1
+    assert "no odd answer 'refussed'" in _post(provider, wrong)["error"]["message"]
+
+
+def _post(provider: Running, question: dict[str, Any]) -> dict[str, Any]:
+    """Return the body of a response to a question."""
+    return _sent(provider, "POST", "/v1/chat/completions", {"model": "small", **question})[1]
+
+
+def _sent(
+    provider: Running, method: str, path: str, content: Any = None
+) -> tuple[int, dict[str, Any]]:
+    """Return the status and the body of a response."""
+    with closing(HTTPConnection("127.0.0.1", provider.port)) as connection:
+        headers = {"Authorization": "Bearer any"}
+        connection.request(method, path, json.dumps(content), headers)
+        response = connection.getresponse()
+        return response.status, json.loads(response.read())
 
 
 def _price(bill: dict[str, float]) -> float:
