@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from msgspec import structs
 
-from resilience.errors import CallTimeout, Category
+from resilience.errors import CallTimeout, Category, RateLimited
 from rlm_tasks.llm.wire.answers import (
     Answer,
     BodyWithoutAnswer,
@@ -273,7 +273,14 @@ class Endpoint:
         if found.error is None:
             return UnusableAnswer(self.settings.name, found.why, found.usage)
         response = ErrorResponse(200, {}, msgspec.json.encode(found.error))
-        return self._error_of(response, question)
+        error = self._error_of(response, question)
+        if found.usage is None:  # nothing of an answer was made
+            return error
+        if isinstance(error, RateLimited):  # the answer costs money, unlike a 429
+            error = UnusableAnswer(self.settings.name, error.why)
+        if isinstance(error, ProviderDown | ProviderRefused | UnusableAnswer):
+            error.usage = found.usage
+        return error
 
     def _error_of(self, response: ErrorResponse, question: Question | None) -> Exception:
         """Return our error for a provider's; no message quotes the key or the question."""

@@ -108,16 +108,17 @@ class Settlement:
     def _bill_of(self, held: HeldCall, error: BaseException | None) -> Bill:
         """Return what a call is charged: its usage if that is known, or else what was reserved.
 
-        An error status costs nothing.  If the provider may have made an answer that was lost on its
-        way through a gateway, the call costs its prompt.
+        An error status costs nothing, unless the error ended an answer.  If the provider may have
+        made an answer that was lost on its way through a gateway, the call costs its prompt.
         """
         assert held.question is not None
         assert held.reserved is not None
         model, reserved = held.question.model, held.reserved
         if held.answer is not None:
             return self._pool.bill(model, held.answer.usage, reserved)
-        if isinstance(error, UnusableAnswer):
-            return self._pool.bill(model, error.usage or TokenUsage(), reserved)
+        usage = getattr(error, "usage", None)
+        if isinstance(error, UnusableAnswer) or usage is not None:
+            return self._pool.bill(model, usage or TokenUsage(), reserved)
         if isinstance(error, ProviderDown) and error.sent:
             prompt = TokenUsage(completion_tokens=0)
             return self._pool.bill(model, prompt, reserved)

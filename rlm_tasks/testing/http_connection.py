@@ -126,6 +126,8 @@ class Connection:
             elif response.wire != "headers":
                 self._writer.write(body)
             await self._writer.drain()
+        if response.wire == "open-end":
+            await self.pause()
         if response.wire in _ENDS:
             raise HungUp
 
@@ -141,7 +143,7 @@ class Connection:
         self._writer.close()
 
 
-_ENDS = {"reset", "headers", "short", "cut-chunks", "close", "http-1.0"}
+_ENDS = {"reset", "headers", "short", "cut-chunks", "cut-at-end", "close", "http-1.0"}
 """The ways to send an answer after which the connection ends."""
 
 
@@ -155,10 +157,11 @@ def _framed(response: Response) -> tuple[bytes, bytes]:
         framing["Connection"] = "close"
     elif wire == "short":
         framing = {"Content-Length": str(len(body) + 10)}
-    elif wire in ("chunked", "cut-chunks"):
+    elif wire in ("chunked", "cut-chunks", "cut-at-end", "open-end"):
         framing = {"Transfer-Encoding": "chunked"}
         half = len(body) // 2
-        body = b"".join(b"%x;part=1\r\n%b\r\n" % (len(p), p) for p in (body[:half], body[half:]))
+        parts = [body[:half]] if wire == "cut-chunks" else [body[:half], body[half:]]
+        body = b"".join(b"%x;part=1\r\n%b\r\n" % (len(part), part) for part in parts)
         body += b"0\r\n\r\n" if wire == "chunked" else b""
     lines = [
         f"{version} {response.status} {http.client.responses.get(response.status, 'Unknown')}",

@@ -20,6 +20,7 @@ from rlm_tasks.testing.odd_responses import (
     Make,
     answer,
     as_json,
+    ends_with,
     event,
     failure,
     first,
@@ -32,6 +33,7 @@ from rlm_tasks.testing.odd_responses import (
     refuses,
     usage_of,
     wait,
+    with_message,
 )
 
 ASKS_FOR = re.compile(r"ODD-ANSWER: ([\w-]+)(?: x(\d+))?")
@@ -416,6 +418,17 @@ _TABLE: dict[str, dict[str, tuple[str, Make]]] = {
                 cached=lambda asked: asked.prompt // 2,
             ),
         ),
+        "usage-cached-anthropic": (
+            "Anthropic's words: the input is without it",
+            answer(
+                usage=lambda asked: {
+                    "input_tokens": asked.prompt - asked.prompt // 2,
+                    "output_tokens": asked.completion,
+                    "cache_read_input_tokens": asked.prompt // 2,
+                },
+                cached=lambda asked: asked.prompt // 2,
+            ),
+        ),
         "usage-cached-deepseek": (
             "the same in DeepSeek's words",
             answer(
@@ -465,6 +478,10 @@ _TABLE: dict[str, dict[str, tuple[str, Make]]] = {
             "the same in an older form",
             no_text(function_call=_CALL["function"], finish="function_call"),
         ),
+        "malformed-call": (
+            "a tool call that is none (Gemini)",
+            no_text(finish="MALFORMED_FUNCTION_CALL"),
+        ),
         "reasoning-only": ("reasoning used up max_tokens", reasoned()),
         "reasoning-field": (
             "the same, with the reasoning in a field",
@@ -510,6 +527,36 @@ _TABLE: dict[str, dict[str, tuple[str, Make]]] = {
         ),
         "cut-text": ("max_tokens cut the text", answer(finish="length")),
         "cut-text-google": ("the same in Google's words", answer(finish="MAX_TOKENS")),
+        "failed-half": (
+            "the model failed on the way (OpenRouter)",
+            answer(lambda text: {"content": text[:6]}, finish="error"),
+        ),
+        "failed-vllm": (
+            "the same in vLLM's words",
+            answer(lambda text: {"content": text[:6]}, finish="abort"),
+        ),
+        "failed-deepseek": (
+            "the same in DeepSeek's words",
+            answer(lambda text: {"content": text[:6]}, finish="insufficient_system_resource"),
+        ),
+        "failed-choice": (
+            "the same with an error in the choice",
+            answer(
+                lambda _: {"content": ""},
+                finish="error",
+                edit=lambda body: body.replace(
+                    b'"finish_reason": "error"',
+                    b'"finish_reason": "error", "error": {"code": 502, "message": "Failed."}',
+                ),
+            ),
+        ),
+        "raw-tab": (
+            "a tab in the text as it is",
+            answer(
+                lambda text: {"content": f"{text}\tNext"},
+                edit=lambda body: body.replace(b"\\t", b"\t"),
+            ),
+        ),
         "surrogate": (
             "half of a character",
             answer(lambda text: {"content": f"{text} \ud83d"}),
@@ -533,7 +580,15 @@ _TABLE: dict[str, dict[str, tuple[str, Make]]] = {
         "reset": ("the connection ends before the answer", lost("reset", prompt=True)),
         "reset-after-headers": ("it ends after the headers", lost("headers", whole=True)),
         "short-body": ("the body is shorter than it says", lost("short", whole=True)),
-        "cut-chunks": ("the last chunk is missing", lost("cut-chunks", whole=True)),
+        "cut-chunks": ("half of the chunks are missing", lost("cut-chunks", whole=True)),
+        "cut-at-end": (
+            "all but the end of the body",
+            lost("cut-at-end", whole=True),
+        ),
+        "open-end": (
+            "the same, and the connection stays open",
+            lost("open-end", whole=True),
+        ),
         "silence": ("no answer comes", lost("silence", whole=True)),
         "chunked": ("the body comes in chunks", answer(wire="chunked")),
         "informational": ("another response comes before it", answer(wire="informational")),
@@ -576,9 +631,37 @@ _TABLE: dict[str, dict[str, tuple[str, Make]]] = {
                 ]
             ),
         ),
+        "empty-event": (
+            "an event without data",
+            answer(edit=lambda body: body.replace(b"data: {", b"data:\n\ndata: {")),
+        ),
+        "null-event": (
+            "an event whose data are null",
+            answer(edit=lambda body: body.replace(b"data: {", b"data: null\n\ndata: {")),
+        ),
+        "whole-message-beside": (
+            "the text so far beside each delta",
+            answer(events=with_message),
+        ),
+        "whole-message-last": (
+            "the whole text again in the last event",
+            answer(events=lambda events: [*events[:-2], *with_message(events)[-2:]]),
+        ),
+        "after-done": (
+            "words after the end",
+            answer(edit=lambda body: body.replace(b"[DONE]\n\n", b"[DONE]\n\ndata: bye\n\n")),
+        ),
+        "error-event-502": (
+            "a gateway's error in the middle",
+            answer(events=ends_with({"message": "Upstream failed.", "code": 502})),
+        ),
+        "error-event-429": (
+            "a limit that ends an answer",
+            answer(events=ends_with({"message": "Slow down.", "code": 429})),
+        ),
         "error-event": (
             "an error in the middle",
-            answer(events=lambda events: [*events[:2], {"error": {"message": "Upstream failed."}}]),
+            answer(events=ends_with({"message": "Upstream failed."})),
         ),
         "unfinished": ("no event has an end", answer(events=lambda events: events[:3])),
         "comments": (

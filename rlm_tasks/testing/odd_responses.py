@@ -179,6 +179,22 @@ def event(delta: Any, finish: str | None = None) -> dict[str, Any]:
     return {"id": "1", "object": "chat.completion.chunk", "choices": [choice]}
 
 
+def with_message(events: list[Any]) -> list[Any]:
+    """Return the events of a stream with the text so far in each, beside the delta."""
+    text, found = "", []
+    for each in events:
+        for choice in each["choices"]:
+            text += choice["delta"].get("content") or ""
+        choices = [{**choice, "message": {"content": text}} for choice in each["choices"]]
+        found.append({**each, "choices": choices})
+    return found
+
+
+def ends_with(error: Mapping[str, Any]) -> Callable[[list[Any]], list[Any]]:
+    """Return an edit that puts an error in place of the second half of a stream."""
+    return lambda events: [*events[:2], {"error": error}]
+
+
 def _streamed(events: list[Any]) -> bytes:
     return b"".join(b"data: %b\n\n" % as_json(each) for each in events) + b"data: [DONE]\n\n"
 

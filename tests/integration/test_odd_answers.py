@@ -116,6 +116,7 @@ ENDS: dict[str, str] = {
     "usage-reasoning": TEXT,
     "usage-reasoning-in-total": TEXT,
     "usage-cached": TEXT,
+    "usage-cached-anthropic": TEXT,
     "usage-cached-deepseek": TEXT,
     "usage-input-output": TEXT,
     "usage-cost": TEXT,
@@ -128,6 +129,7 @@ ENDS: dict[str, str] = {
     "filtered-part": TEXT,
     "tool-call": TOOL,
     "function-call": TOOL,
+    "malformed-call": TOOL,
     "reasoning-only": EMPTY,
     "reasoning-field": EMPTY,
     "reasoning-beside": TEXT,
@@ -142,6 +144,11 @@ ENDS: dict[str, str] = {
     "prose": TEXT,
     "cut-text": TEXT,
     "cut-text-google": TEXT,
+    "failed-half": UNUSABLE,
+    "failed-vllm": UNUSABLE,
+    "failed-deepseek": UNUSABLE,
+    "failed-choice": DOWN,
+    "raw-tab": TEXT,
     "surrogate": TEXT,
     "emoji": TEXT,
     "nul": TEXT,
@@ -155,6 +162,8 @@ ENDS: dict[str, str] = {
     "reset-after-headers": UNUSABLE,
     "short-body": UNUSABLE,
     "cut-chunks": UNUSABLE,
+    "cut-at-end": UNUSABLE,
+    "open-end": LATE,
     "silence": LATE,
     "chunked": TEXT,
     "informational": TEXT,
@@ -169,6 +178,13 @@ ENDS: dict[str, str] = {
     "choices-null": TEXT,
     "azure-first-event": TEXT,
     "usage-with-choice": TEXT,
+    "empty-event": TEXT,
+    "null-event": TEXT,
+    "whole-message-beside": TEXT,
+    "whole-message-last": TEXT,
+    "after-done": TEXT,
+    "error-event-502": TEXT,
+    "error-event-429": TEXT,
     "error-event": TEXT,
     "unfinished": TEXT,
     "comments": TEXT,
@@ -180,7 +196,16 @@ ENDS: dict[str, str] = {
     "events-instead": TEXT,
 }
 """How a call ends: with a text, or with the code of its failure."""
-STREAMED = {"error-event": UNUSABLE, "unfinished": UNUSABLE, "slow-bytes": TEXT}
+STREAMED = {
+    "error-event": UNUSABLE,
+    "error-event-502": DOWN,
+    "error-event-429": UNUSABLE,
+    "unfinished": UNUSABLE,
+    "slow-bytes": TEXT,
+    "short-body": TEXT,
+    "cut-at-end": TEXT,
+    "open-end": TEXT,
+}
 """The ends of streamed answers that differ."""
 ASKED_TWICE = {"max-tokens-refused"}
 ASKED_TWICE_IN_STREAMS = {*ASKED_TWICE, "stream-options-refused"}
@@ -188,11 +213,17 @@ ASKED_TWICE_IN_STREAMS = {*ASKED_TWICE, "stream-options-refused"}
 EXACT = {
     *("usage-texts", "usage-floats", "usage-prompt-and-total", "usage-reasoning"),
     *("usage-reasoning-in-total", "usage-cached", "usage-cached-deepseek", "usage-input-output"),
+    "usage-cached-anthropic",
     *("usage-cost", "cost-header", "usage-total-only"),
     *(name for name, end in ENDS.items() if ODD_ANSWERS[name].group in ("content", "stream")),
-} - {name for name, end in ENDS.items() if end == UNUSABLE and name != "no-choices"}
+} - {name for name, end in ENDS.items() if end in REPEATED and name != "no-choices"}
 """The answers whose cost is known, so that the budget counts just what is billed."""
 MODELS = ("gpt-4.1-nano", "gpt-4.1-mini", "gpt-4.1")
+CHANGED = {
+    *("think-tags", "fenced", "prose", "filtered-part", "surrogate", "emoji", "nul", "long"),
+    "raw-tab",
+}
+"""The answers whose text is not that of a good answer."""
 PRICES = {"input_price": 1000.0, "cached_price": 250.0, "output_price": 4000.0}
 
 
@@ -205,6 +236,7 @@ def provider() -> Iterator[Running]:
 def test_the_table_of_ends_has_each_odd_answer_once() -> None:
     assert list(ENDS) == list(ODD_ANSWERS)
     assert len(ENDS) >= 90
+    assert max(len(odd.about) for odd in ODD_ANSWERS.values()) <= 80 - 36, "--list has 80 columns"
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -277,18 +309,19 @@ def test_each_odd_answer_is_paid_as_billed_and_made_as_often_as_it_helps(
     own, stream = client
     provider.reset()
     names = [name for name in ODD_ANSWERS if name not in WAITING]
+    items = [f"The water is warm today. ODD-ANSWER: {name}" for name in names]
     jobs = [
         own.submit(
             operation="llm.map",
-            items=[f"The water is warm today. ODD-ANSWER: {name}"],
+            items=[item],
             params={"prompt": "{item}", "max_tokens": 50, "temperature": 0, "tier": tier_of(name)},
             options={"budget": {"money": 1000}, "continue_on_error": True},
         )
-        for name in names
+        for name, item in zip(names, items, strict=True)
     ]
 
     wrong, exact = {}, EXACT - set(STREAMED) if stream else EXACT
-    for name, job in zip(names, jobs, strict=True):
+    for name, item, job in zip(names, items, jobs, strict=True):
         result = job.result(timeout=90, propagate=False)
         end = (ENDS | (STREAMED if stream else {}))[name]
         found = result.failed[0].code if result.failed else TEXT
@@ -299,6 +332,8 @@ def test_each_odd_answer_is_paid_as_billed_and_made_as_often_as_it_helps(
         spent, billed = result.spent.spent.get("money", 0.0), _price(bill)
         if (found, bill["answered"]) != (end, calls):
             wrong[name] = (found, bill["answered"], "expected", end, calls)
+        elif end == TEXT and name not in CHANGED and result.output != [item]:
+            wrong[name] = ("text", result.output)
         elif spent < billed - 1e-9 or (name in exact and spent > billed + 1e-9):
             wrong[name] = ("spent", spent, "billed", billed)
     assert wrong == {}

@@ -7,18 +7,22 @@ reading takes content in parts, usage as text, missing fields, a whole body in p
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import re
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 
 from rlm_tasks.llm.wire.error_bodies import is_page
 from rlm_tasks.llm.wire.rate_limit_headers import RateLimitHeaders
 
+REST_S = 1.0
+"""Seconds for which the rest of a stream is read after its end, so that the connection stays."""
 MOST_COUNTED = 1e9
 """A provider's count of tokens above this is a mistake, and counts as absent."""
 FINISHES = {
@@ -32,8 +36,15 @@ FINISHES = {
     "content_filtered": "content_filter",
     "function_call": "tool_calls",
     "tool_use": "tool_calls",
+    "malformed_function_call": "tool_calls",
+    "unexpected_tool_call": "tool_calls",
+    "image_safety": "content_filter",
+    "abort": "error",  # vLLM
+    "insufficient_system_resource": "error",  # DeepSeek
 }
-"""The reasons of other providers for the end of an answer -> those of OpenAI."""
+"""The reasons of other providers for the end of an answer -> those of OpenAI.
+
+"error" is OpenRouter's for a model that failed on the way, so the text is not whole."""
 
 
 _DECIMAL = r"\d{1,12}(\.\d{1,30})?([eE]-?\d{1,2})?"
@@ -97,7 +108,8 @@ class Answer(msgspec.Struct, frozen=True):
 class BodyWithoutAnswer(Exception):
     """A response that is no answer: not JSON, without choices, or an error in place of them.
 
-    Has `why`, without a part of the body, the body with an `error` in it, and the `usage`.
+    Has `why`, without a part of the body, the object with an `error` in it, and the `usage`.
+    `usage` is None for an error before any part of an answer.
     """
 
     def __init__(self, why: str, *, error: Any = None, usage: TokenUsage | None = None) -> None:
@@ -127,6 +139,7 @@ class Received:
     refuses: bool = False  # it has a text of refusal
     calls_tool: bool = False
     has_choice: bool = False
+    in_deltas: bool = False
     usage: TokenUsage = UNSAID
 
     @property
@@ -147,8 +160,16 @@ class Received:
             return "TOOL_CALL" if self.calls_tool or self.finish == "tool_calls" else "ANSWER_EMPTY"
         return ""
 
+    def add_event(self, data: bytes) -> None:
+        """Add the data of one event of a stream, which may be empty.
+
+        Raises BodyWithoutAnswer.
+        """
+        if data.strip() not in (b"", b"null"):
+            self.add(parsed(data))
+
     def add(self, body: Any) -> None:
-        """Add a whole body, or one event of a stream.
+        """Add a whole body, or the data of an event.
 
         Raises BodyWithoutAnswer for anything but an object, and for an error.
         """
@@ -159,11 +180,22 @@ class Received:
         for holder in (*choices, groq, body):
             if isinstance(holder, dict) and isinstance(holder.get("usage"), dict):
                 self.usage = usage_in(holder["usage"])
-        failed = not choices or choices[0].get("finish_reason") == "error"
-        if failed and body.get("error"):
-            raise BodyWithoutAnswer("it holds an error", error=body, usage=self.usage)
+        if not choices and body.get("error"):
+            self._fail(body)
         for choice in choices[:1]:
             self._add_choice(choice)
+            if choice.get("error"):
+                self._fail({"error": choice["error"]})
+            if self.finish == "error":
+                self._fail(body)
+
+    def _fail(self, holder: Mapping[str, Any]) -> NoReturn:
+        """Raise BodyWithoutAnswer for the error in an object, or for an answer that broke off."""
+        if not holder.get("error"):
+            raise BodyWithoutAnswer("the model broke off", usage=self.usage)
+        is_begun = self.has_choice or self.usage != UNSAID
+        usage = self.usage if is_begun else None
+        raise BodyWithoutAnswer("it holds an error", error=holder, usage=usage)
 
     def _add_choice(self, choice: Mapping[str, Any]) -> None:
         self.has_choice = True
@@ -171,7 +203,13 @@ class Received:
         if isinstance(finish, str) and finish:
             finish = finish.lower()[:40]
             self.finish = FINISHES.get(finish, finish)
-        message = choice.get("message") or choice.get("delta")
+        whole, delta = choice.get("message"), choice.get("delta")
+        self.in_deltas |= isinstance(delta, dict)
+        message = whole or delta
+        if self.in_deltas and isinstance(whole, dict) and whole.get("content"):
+            self.texts.clear()  # it has the text so far (Perplexity), or all of it (MiniMax)
+        elif delta:
+            message = delta
         if not isinstance(message, dict):
             message = {"content": choice.get("text")}
         self.texts += _texts(message.get("content"))
@@ -208,6 +246,7 @@ def usage_in(usage: Mapping[str, Any]) -> TokenUsage:
     - Numbers may be texts or floats.  A negative one, and no token of a prompt, count as absent.
     - Tokens of reasoning may be missing in `completion_tokens`: the total has them.
     - `prompt_tokens` may be missing: the total minus the completion.
+    - Anthropic's `input_tokens` are without those of the cache.
     """
     prompt = _first(usage, "prompt_tokens", "input_tokens") or None
     completion = _first(usage, "completion_tokens", "output_tokens")
@@ -219,6 +258,9 @@ def usage_in(usage: Mapping[str, Any]) -> TokenUsage:
         or _first(usage, "prompt_cache_hit_tokens", "cache_read_input_tokens", "cached_tokens")
         or 0
     )
+    if not _first(usage, "prompt_tokens"):
+        names = ("cache_read_input_tokens", "cache_creation_input_tokens")
+        prompt = (prompt or 0) + sum(_first(usage, name) or 0 for name in names) or None
     if total is not None and prompt is not None:
         completion = max(completion or 0, total - prompt)
     elif completion is not None and completion < reasoning:
@@ -266,7 +308,8 @@ def parsed(body: bytes) -> Any:
     Raises BodyWithoutAnswer.
     """
     try:
-        return json.loads(body.decode("utf-8-sig", "replace"))
+        # Some servers send line feeds and tabs in texts as they are.
+        return json.loads(body.decode("utf-8-sig", "replace"), strict=False)
     except (ValueError, RecursionError):  # also an integer of thousands of digits
         why = "it is empty" if not body.strip() else "it is not JSON"
         if is_page(body):
@@ -281,8 +324,12 @@ def read_whole(body: bytes) -> Received:
     """
     received, start = Received(), body.lstrip()
     if start.startswith((b"data:", b"event:", b": ")):
-        for event in _events_in(body):
-            received.add(event)
+        for line in body.splitlines():
+            name, _, value = line.partition(b":")
+            if name == b"data":
+                if value.strip() == b"[DONE]":
+                    break
+                received.add_event(value)
         return _finished(received)
     received.add(parsed(body))
     if not received.has_choice:
@@ -293,16 +340,26 @@ def read_whole(body: bytes) -> Received:
 async def read_stream(chunks: AsyncIterable[bytes]) -> Received:
     """Return the answer in a stream of events; a server may send a whole body in place of one.
 
+    After the end of the answer it does not matter what comes, or whether the connection is lost.
     Raises BodyWithoutAnswer, and the errors of the connection.
     """
     received, other = Received(), []
-    async for line in _lines(chunks):
-        name, colon, value = line.partition(b":")
-        if name == b"data" and colon:
-            if value.strip() != b"[DONE]":  # the rest is read, so that the connection stays
-                received.add(parsed(value))
-        elif not received.has_choice:
-            other.append(line)
+    lines = _lines(chunks)
+    try:
+        async for line in lines:
+            name, colon, value = line.partition(b":")
+            if name == b"data" and colon:
+                if value.strip() == b"[DONE]":
+                    break
+                received.add_event(value)
+            elif not received.has_choice:
+                other.append(line)
+    except BodyWithoutAnswer:
+        raise
+    except Exception:
+        if not received.finish:
+            raise
+    await _read_rest(lines)
     if not received.has_choice and b"".join(other).lstrip(b"\xef\xbb\xbf \t").startswith(b"{"):
         return read_whole(b"\n".join(other))
     return _finished(received)
@@ -315,12 +372,12 @@ def _finished(received: Received) -> Received:
     return received
 
 
-def _events_in(body: bytes) -> Iterable[Any]:
-    """Yield the data of the events in a body."""
-    for line in body.splitlines():
-        name, _, value = line.partition(b":")
-        if name == b"data" and value.strip() != b"[DONE]":
-            yield parsed(value)
+async def _read_rest(lines: AsyncIterator[bytes]) -> None:
+    """Read what comes after the end of an answer, for a short time."""
+    with suppress(Exception):
+        async with asyncio.timeout(REST_S):
+            async for _ in lines:
+                pass
 
 
 async def _lines(chunks: AsyncIterable[bytes]) -> AsyncIterator[bytes]:

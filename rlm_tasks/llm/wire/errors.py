@@ -74,8 +74,11 @@ class ProviderRefused(RlmError):
     """A refusal that will be the same at the next try, until a person acts.
 
     Has the `endpoint`, `why`, and the HTTP `status`.  `category` is AUTH, QUOTA or VALIDATION;
-    `code` is CONTEXT_LENGTH_EXCEEDED if the prompt is too long.
+    `code` is CONTEXT_LENGTH_EXCEEDED if the prompt is too long.  `usage` is that of an answer which
+    the error ended.
     """
+
+    usage: TokenUsage | None = None
 
     def __init__(
         self, endpoint: str, category: Category, code: str, why: str, status: int = 0
@@ -89,8 +92,11 @@ class ProviderDown(ConnectionError):
     """An endpoint that cannot be reached, or fails.
 
     Has the `endpoint`, `why`, and the time to wait as ``retry-after`` in `headers`.  `sent` says
-    whether it got the question, so that it may bill the prompt.
+    whether it got the question, so that it may bill the prompt; `usage` is that of an answer which
+    the error ended.
     """
+
+    usage: TokenUsage | None = None
 
     def __init__(
         self, endpoint: str, why: str, wait_s: float | None = None, *, sent: bool = False

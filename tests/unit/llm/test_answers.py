@@ -10,9 +10,16 @@ from typing import Any
 
 import pytest
 
-from rlm_tasks.llm.wire.answers import BodyWithoutAnswer, Received, read_stream, read_whole
+from rlm_tasks.llm.wire.answers import (
+    UNSAID,
+    BodyWithoutAnswer,
+    Received,
+    read_stream,
+    read_whole,
+    usage_in,
+)
 
-WHOLE = {
+WHOLE: dict[str, Any] = {
     "id": "1",
     "choices": [
         {
@@ -92,6 +99,57 @@ def test_odd_values_anywhere_give_an_answer_or_one_kind_of_error(seed: int) -> N
                 assert (usage.completion_tokens or 0) >= 0
                 assert usage.money is None or usage.money >= 0
     assert min(ends.values()) > 20
+
+
+USAGE_OF_ANTHROPIC = {
+    "input_tokens": 10,
+    "output_tokens": 4,
+    "cache_read_input_tokens": 900,
+    "cache_creation_input_tokens": 50,
+}
+
+
+def test_input_tokens_of_anthropic_are_without_those_of_its_cache() -> None:
+    usage = usage_in(USAGE_OF_ANTHROPIC)
+
+    assert (usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens) == (960, 900, 4)
+    usage = usage_in({**USAGE_OF_ANTHROPIC, "prompt_tokens": 960})  # a gateway has added them
+    assert (usage.prompt_tokens, usage.cached_tokens) == (960, 900)
+
+
+@pytest.mark.parametrize("rest", [b"data: bye\n\n", b"data: {}\n\n", b": alive\n\n", None])
+def test_after_the_end_of_a_stream_nothing_takes_its_answer_away(rest: bytes | None) -> None:
+    async def chunks() -> AsyncIterator[bytes]:
+        yield as_events(EVENTS) + b"data: [DONE]\n\n"
+        if rest is None:
+            raise ConnectionError
+        yield rest
+
+    received = asyncio.run(read_stream(chunks()))
+
+    assert (received.text, received.usage.completion_tokens) == ("so it is", 4)
+
+
+def test_a_connection_lost_after_the_finish_costs_the_usage_alone() -> None:
+    async def chunks(events: list[Any]) -> AsyncIterator[bytes]:
+        yield as_events(events)
+        raise ConnectionError
+
+    received = asyncio.run(read_stream(chunks(EVENTS[:3])))
+    assert (received.text, received.usage) == ("so it is", UNSAID)
+    with pytest.raises(ConnectionError):
+        asyncio.run(read_stream(chunks(EVENTS[:2])))
+
+
+@pytest.mark.parametrize("finish", ["error", "abort", "insufficient_system_resource"])
+def test_half_of_an_answer_from_a_model_that_failed_is_not_taken(finish: str) -> None:
+    [choice] = WHOLE["choices"]
+    body = json.dumps({**WHOLE, "choices": [{**choice, "finish_reason": finish}]}).encode()
+
+    for read in (read_whole, streamed):
+        with pytest.raises(BodyWithoutAnswer, match="broke off") as caught:
+            read(body)
+        assert caught.value.usage == usage_in(WHOLE["usage"])
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
