@@ -4,8 +4,10 @@ Tests with other settings use `environment_of` and `client_of`."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from celery import Celery
 from rlm_tasks.celery import configuration, install
 from rlm_tasks.client.client import Client
 from rlm_tasks.settings.model import Settings
-from rlm_tasks.testing import embedded
+from rlm_tasks.testing import embedded, fake_provider
 
 ROOT = Path(__file__).parents[2]
 SLOTS = 2
@@ -59,6 +61,22 @@ def client_of(environment: dict[str, str]) -> Client:
     app = install(Celery(f"tests-{settings.namespace}", set_as_current=False), settings)
     app.config_from_object(configuration(settings))
     return Client(app)
+
+
+@contextmanager
+def one_provider(
+    url: str, namespace: str, log: Path, *, slots: int, **more: str
+) -> Iterator[tuple[Client, fake_provider.Running]]:
+    """Run a fake provider, named main, and a worker that calls it; yield a client and the provider.
+
+    `more` are further settings of the worker and the client.
+    """
+    with fake_provider.running() as provider:
+        main = {"name": "main", "base_url": provider.base_url, "key_env": "MAIN_KEY"}
+        endpoints = {"RLM_LLM__ENDPOINTS": json.dumps([main]), "MAIN_KEY": "any"}
+        environment = environment_of(url, namespace, **endpoints, **more)
+        with client_of(environment) as client, embedded.worker(environment, log=log, slots=slots):
+            yield client, provider
 
 
 @pytest.fixture(scope="session")

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from contextlib import ExitStack
 
 import pytest
 
 from rlm_tasks.client.client import Client
 from rlm_tasks.testing import embedded, fake_provider
-from tests.integration.conftest import client_of, environment_of
+from tests.integration.conftest import one_provider
 from tests.support import wait_until
 
 INTERVAL_S = 0.5
@@ -21,21 +19,10 @@ def platform(
     server: embedded.Server, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Client, fake_provider.Running]]:
     """A client and its provider, whose worker checks twice a second."""
-    with ExitStack() as stack:
-        provider = stack.enter_context(fake_provider.running())
-        main = {"name": "main", "base_url": provider.base_url, "key_env": "MAIN_KEY"}
-        environment = environment_of(
-            server.url,
-            "llm-checks",
-            RLM_LLM__ENDPOINTS=json.dumps([main]),
-            MAIN_KEY="any",
-            RLM_LLM__HEALTH_EVERY_S=str(INTERVAL_S),
-            RLM_LLM__HEALTH_STRIKES="2",
-        )
-        client = stack.enter_context(client_of(environment))
-        log = tmp_path_factory.mktemp("llm-checks") / "worker.log"
-        stack.enter_context(embedded.worker(environment, log=log, slots=1))
-        yield client, provider
+    often = {"RLM_LLM__HEALTH_EVERY_S": str(INTERVAL_S), "RLM_LLM__HEALTH_STRIKES": "2"}
+    log = tmp_path_factory.mktemp("llm-checks") / "worker.log"
+    with one_provider(server.url, "llm-checks", log, slots=1, **often) as both:
+        yield both
 
 
 def ask(client: Client, text: str) -> list[str]:

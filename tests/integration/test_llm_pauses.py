@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +13,7 @@ from resilience.bucket import HOLD_MOST_S
 from rlm_tasks.cli import rlm
 from rlm_tasks.client.client import Client
 from rlm_tasks.testing import embedded, fake_provider
-from tests.integration.conftest import client_of, environment_of
+from tests.integration.conftest import one_provider
 from tests.support import wait_until
 
 LIMIT = "llm:MAIN_KEY:gpt-4.1-mini"
@@ -26,16 +24,9 @@ def shared(
     server: embedded.Server, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Client, fake_provider.Running]]:
     """A client, and the provider that its worker calls."""
-    with ExitStack() as stack:
-        provider = stack.enter_context(fake_provider.running())
-        main = {"name": "main", "base_url": provider.base_url, "key_env": "MAIN_KEY"}
-        environment = environment_of(
-            server.url, "llm-pauses", RLM_LLM__ENDPOINTS=json.dumps([main]), MAIN_KEY="any"
-        )
-        client = stack.enter_context(client_of(environment))
-        log = tmp_path_factory.mktemp("llm-pauses") / "worker.log"
-        stack.enter_context(embedded.worker(environment, log=log, slots=2))
-        yield client, provider
+    log = tmp_path_factory.mktemp("llm-pauses") / "worker.log"
+    with one_provider(server.url, "llm-pauses", log, slots=2) as both:
+        yield both
 
 
 @pytest.fixture

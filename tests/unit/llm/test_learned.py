@@ -176,7 +176,8 @@ def test_damaged_sums_leave_a_possible_estimate(world: World, damage: dict[str, 
         keys.model(MODEL, "calls", PAGES.operation),
         keys.model(MODEL, "calls", *PAGES),
     ):
-        figures.store.client.hset(key, mapping=damage)  # type: ignore[arg-type]  # redis-py's type is narrower
+        client: Any = figures.store.client
+        client.hset(key, mapping=damage)
 
     found = Learned(figures.store, world.time).of(MODEL, PAGES, whole=True)
 
@@ -195,7 +196,8 @@ def test_sums_of_the_release_before_are_read(world: World) -> None:
         "seconds": 80.0,
         "seconds2": 170.0,
     }
-    store.client.hset(Keys(store.namespace).model(MODEL), mapping=old)  # type: ignore[arg-type]  # redis-py's type is narrower
+    client: Any = store.client
+    client.hset(Keys(store.namespace).model(MODEL), mapping=old)
 
     found = Learned(store, world.time).of(MODEL, PAGES, whole=True)
 
