@@ -195,6 +195,7 @@ class Bulkhead:
         ):
             refuse_unless_positive(field, value)
         self._limit, self._per_host = moving, per_host or 0
+        self.moves = isinstance(moving, Aimd | Elastic)  # its limit follows errors or the demand
         self._host, self._wake, self._sleep = _plain(host or os.uname().nodename), wake, sleep
         self._keys = Keys(self.store.namespace).bulkhead(name)
         self.limit = _base(moving)  # as last known

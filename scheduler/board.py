@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 
@@ -22,14 +22,37 @@ from scheduler.queues import QueueReport
 from scheduler.sampling import Sample
 from scheduler.settings import PressureSettings
 
-_PUBLISH, _ORDERS, _HOSTS, _ANNOUNCE, _TURN = (
+_PUBLISH, _WITHDRAW, _ORDERS, _HOSTS, _ANNOUNCE, _TURN = (
     Script.load("scheduler", f"board_{name}")
-    for name in ("publish", "orders", "hosts", "announce", "turn")
+    for name in ("publish", "withdraw", "orders", "hosts", "announce", "turn")
 )
 _json = msgspec.json.Encoder()
 
 
 LevelNumber = Annotated[int, msgspec.Meta(ge=0, le=int(max(Level)))]
+REMEMBERED_MS, MOST_REMEMBERED = 3_600_000, 20
+"""The board remembers workers that are gone for this long, and this many of them."""
+
+
+class DeclaredLimit(msgspec.Struct, frozen=True, array_like=True):
+    """A rate limit or a bulkhead, as a worker's operations and settings declare it."""
+
+    service: str
+    unit: str  # the name of a rate; '' for a bulkhead
+    limit: float
+    per_s: float = 0.0  # the window of a rate in seconds
+    burst: float = 0.0  # the most at once; 0: the default of `resilience.bucket.Rate`
+    moves: bool = False  # a bulkhead whose limit follows errors or the demand
+
+
+class DeclaredEndpoint(msgspec.Struct, frozen=True, array_like=True):
+    """An endpoint of models, as a worker's settings declare it; it has no key."""
+
+    name: str
+    host: str  # and port; '' if OPENAI_BASE_URL sets it
+    models: tuple[str, ...]  # our names of its models; empty: it has all
+    weight: float
+    checked: bool  # the workers check its health
 
 
 class HostReport(msgspec.Struct, frozen=True):
@@ -51,6 +74,12 @@ class HostReport(msgspec.Struct, frozen=True):
     refusing_why: str = ""  # the worst signal of that level in words
     operations: dict[str, int] | None = None
     """Operation, or its `fingerprint`, -> version here; None: not reported, or too many."""
+    draining: bool = False  # it takes no more work, because it ends
+    broker: str = ""  # URL of its broker without the password; '' if not reported
+    limits: tuple[DeclaredLimit, ...] = ()
+    endpoints: tuple[DeclaredEndpoint, ...] = ()
+    settings: dict[str, str] | None = None
+    """Changed variable -> `fingerprint` of its value; None: not reported."""
 
 
 class ClusterReport(msgspec.Struct, frozen=True):
@@ -74,6 +103,29 @@ class ClusterReport(msgspec.Struct, frozen=True):
     refusing_why: str = ""  # the worst signal of that level in words
 
 
+class Departed(NamedTuple):
+    """A worker that reports no more."""
+
+    report: HostReport  # its last one
+    ago_s: float  # seconds since then
+    stopped: bool  # it was stopped; False: it was lost, with its process or its network
+
+
+class Workers(NamedTuple):
+    """The workers of the platform: those that report, and those that have ceased to."""
+
+    live: Sequence[HostReport]  # by name
+    departed: Sequence[Departed]  # the latest first
+
+    def of_queue(self, queue: str) -> list[HostReport]:
+        """Return the live workers that consume a queue."""
+        return [host for host in self.live if queue in host.queues]
+
+    def last_of_queue(self, queue: str) -> Departed | None:
+        """Return the worker of a queue that was heard last of those that are gone."""
+        return next((each for each in self.departed if queue in each.report.queues), None)
+
+
 MOST_NAMED, MOST_OPERATIONS, LONGEST_NAME = 100, 2_000, 100
 """A report names this many operations, has fingerprints of more, and no list of even more."""
 
@@ -89,9 +141,9 @@ def reported(versions: Mapping[str, int]) -> dict[str, int] | None:
     }
 
 
-def fingerprint(name: str) -> str:
-    """Return a short hash of the name of an operation."""
-    return f"#{zlib.crc32(name.encode()):08x}"
+def fingerprint(text: str) -> str:
+    """Return a short hash of a text, such as the name of an operation."""
+    return f"#{zlib.crc32(text.encode()):08x}"
 
 
 def version_on(hosts: Sequence[HostReport], name: str) -> int | None:
@@ -179,6 +231,11 @@ def _dated(entry: bytes) -> tuple[float, HostReport]:
     return int(at_ms) / 1000, _host(report)
 
 
+def _departed(entry: Sequence[Any]) -> Departed:
+    ago_ms, stopped, report = entry[:3]
+    return Departed(_host(report), int(ago_ms) / 1000, bool(stopped))
+
+
 def _cluster(report: bytes) -> ClusterReport:
     return msgspec.json.decode(report, type=ClusterReport)
 
@@ -201,7 +258,7 @@ class Board:
         return Call(
             _PUBLISH,
             (self._keys.hosts,),
-            (report.worker, _json.encode(report), self._stale_ms),
+            (report.worker, _json.encode(report), REMEMBERED_MS),
             otherwise=None,
         )
 
@@ -210,17 +267,27 @@ class Board:
 
         Raises StoreUnavailable.
         """
-        return self.read_hosts(self._store.call(self.hosts_call())[0])
+        return list(self.workers().live)
 
-    def hosts_call(self) -> Call:
-        """Return the call that reads the reports of the hosts; `read_hosts` decodes its answer."""
-        return Call(_HOSTS, (self._keys.hosts,), (self._stale_ms,), otherwise=())
+    def workers(self) -> Workers:
+        """Return the live workers, and those that were stopped or lost within the last hour.
+
+        Raises StoreUnavailable.
+        """
+        return self.read_workers(self._store.call(self.workers_call())[0])
+
+    def workers_call(self) -> Call:
+        """Return the call that reads all workers; `read_workers` decodes its answer."""
+        args = (self._stale_ms, REMEMBERED_MS, MOST_REMEMBERED)
+        return Call(_HOSTS, (self._keys.hosts,), args, otherwise=((), ()))
 
     @staticmethod
-    def read_hosts(answer: Sequence[bytes]) -> list[HostReport]:
-        """Return the reports in the answer of `hosts_call`, by worker."""
-        reports = readable("a host's report on the board", answer, _host)
-        return sorted(reports, key=lambda host: host.worker)
+    def read_workers(answer: Sequence[Any]) -> Workers:
+        """Return the workers in the answer of `workers_call`, without what cannot be read."""
+        live, gone = answer
+        reports = readable("a host's report on the board", live, _host)
+        departed = readable("a host's report on the board", gone, _departed)
+        return Workers(sorted(reports, key=lambda host: host.worker), departed)
 
     def clocks(self) -> dict[str, float]:
         """Return the seconds by which each worker's clock is ahead of the server's clock.
@@ -232,8 +299,8 @@ class Board:
         return {host.worker: host.at - arrived_s for arrived_s, host in reports if host.at}
 
     def withdraw(self, worker: str) -> None:
-        """Remove a worker's report from the board."""
-        self._store.call(lambda client: client.hdel(self._keys.hosts, worker))
+        """Remove a worker's report from the live ones; the board remembers that it was stopped."""
+        self._store.call(Call(_WITHDRAW, (self._keys.hosts,), (worker,), otherwise=None))
 
     # --- orders --------------------------------------------------------------------------------
 

@@ -168,12 +168,12 @@ class AdmissionCheck:
     def _read_load(self, queues: Sequence[str], *, with_hosts: bool = False) -> PlatformLoad:
         calls = [self._board.orders_call(), *(self._slots.take(each, 0) for each in queues)]
         answer, *slots = self._store.call(
-            *calls, *([self._board.hosts_call()] if with_hosts else [])
+            *calls, *([self._board.workers_call()] if with_hosts else [])
         )
-        all_hosts = self._board.read_hosts(slots.pop()) if with_hosts else None
+        all_hosts = self._board.read_workers(slots.pop()).live if with_hosts else None
         orders = self._board.read(answer)
         cluster = orders.cluster
-        hosts = [] if cluster else self._board.hosts() if all_hosts is None else all_hosts
+        hosts = [] if cluster else all_hosts if all_hosts is not None else self._board.hosts()
         level, cause = self._refused_at(orders, hosts)
         cpu_pct = cluster.cpu_pct if cluster else mean(hosts, "cpu_pct")
         memory_pct = cluster.memory_pct if cluster else mean(hosts, "memory_pct")

@@ -141,11 +141,11 @@ class Platform:
     def limits(self) -> list[LimitReport]:
         """Return the use of each rate limit and bulkhead, of operations and of models.
 
-        Raises StoreUnavailable.
+        They are those of live workers and of this process.  Raises StoreUnavailable.
         """
         from rlm_tasks.telemetry.limit_reports import limit_reports
 
-        return limit_reports(self.session.guards)
+        return limit_reports(self.session.guards, self.session.board.hosts())
 
     def release_limit(self, name: str) -> float:
         """End the pause of a limit that its provider asked for with a 429, for all workers.
@@ -156,18 +156,20 @@ class Platform:
         """
         from rlm_tasks.telemetry.limit_reports import bucket_of
 
-        bucket = bucket_of(self.session.guards, name)
+        bucket = bucket_of(self.session.guards, name, self.session.board.hosts())
         return bucket.release(self.session.delivery.wake)
 
     def endpoints(self) -> list[EndpointReport]:
         """Return the state of each endpoint of models, as the workers' checks have found it.
 
-        The list is empty without configured endpoints.  Raises StoreUnavailable.
+        They are the endpoints of live workers and of this process.  Raises StoreUnavailable.
         """
         from rlm_tasks.llm.reports import endpoint_reports
 
         session = self.session
-        return endpoint_reports(session.store, session.settings.llm, session.breakers)
+        return endpoint_reports(
+            session.store, session.settings.llm, session.breakers, session.board.hosts()
+        )
 
     def queues(self) -> dict[str, QueueReport]:
         """Return the number of messages that wait in each queue, and the age of the oldest.

@@ -77,6 +77,6 @@ def _detailed(
             name: {"depth": report.depth, "oldest_s": report.oldest_s, "consumed": name in served}
             for name, report in depths.items()
         },
-        "quotas": quotas(limit_reports(session.guards)),
+        "quotas": quotas(limit_reports(session.guards, status.hosts)),
         "circuit_breakers": states,
     }

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from resilience.degradation import CONSTRAINTS, Level
-from scheduler.board import Board, ClusterReport, HostReport, Orders, acted_on, prevailing
+from scheduler.board import ClusterReport, HostReport, Orders, acted_on, prevailing
 from scheduler.queues import QueueReport
 from scheduler.snapshots import Snapshots, Trend
 from scheduler.usage import OperationUsage
@@ -58,8 +58,7 @@ class Pressure:
     """The pressure of one platform.  Every method raises StoreUnavailable."""
 
     def __init__(self, session: Session) -> None:
-        self._session, settings = session, session.settings
-        self._board = Board(session.store, session.keys, settings.pressure)
+        self._session, self._board = session, session.board
 
     def level(self) -> Level:
         """Return the pressure level of the cluster.

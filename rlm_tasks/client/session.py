@@ -28,6 +28,7 @@ from rlm_tasks.messaging.dispatch import Dispatcher
 from rlm_tasks.messaging.queue_names import queue_names
 from rlm_tasks.settings.model import Settings
 from scheduler.admission import WaitingRoom
+from scheduler.board import Board
 from scheduler.preemption import Preemption
 from scheduler.slots import SlotBoard
 
@@ -96,6 +97,7 @@ class Session:
         self.ledger = Ledger(self.store, self.keys, self.settings.ledger)
         self.dispatcher = Dispatcher(app, self.ledger)
         self.slots = SlotBoard(self.store, self.keys)
+        self.board = Board(self.store, self.keys, self.settings.pressure)
         preemption = Preemption(self.store, self.keys, self.slots)
         self.delivery = Delivery(self.ledger, self.dispatcher, preemption)
         self.admission = AdmissionCheck(

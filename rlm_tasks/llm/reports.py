@@ -1,7 +1,8 @@
 """Reports on the endpoints of models, for operators: settings, health and breaker of each.
 
-`Client.endpoints` calls `reports`, and `rlm endpoints --check` also `checked_now`.  A report has no
-key, and of a URL only host and port.
+`Client.endpoints` calls `endpoint_reports`, and `rlm endpoints --check` also `checked_now`.
+Workers report their endpoints with `declared_endpoints`.  A report has no key, and of a URL only
+host and port.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from urllib.parse import urlsplit
 from rlm_tasks.errors import InvalidRequest
 from rlm_tasks.llm.endpoint_health import Checkup, EndpointHealth, configured
 from rlm_tasks.llm.endpoint_pool import BREAKER, service_of
+from scheduler.board import DeclaredEndpoint, HostReport
 
 if TYPE_CHECKING:
     from resilience.breaker import CircuitBreakers
     from resilience.store import Store
-    from rlm_tasks.settings.llm import EndpointSettings, LlmSettings
+    from rlm_tasks.settings.llm import LlmSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,17 +41,42 @@ class EndpointReport:
     why: str  # the cause why the latest check failed, or a note; '' if it passed
 
 
-def endpoint_reports(
-    store: Store, settings: LlmSettings, breakers: CircuitBreakers
-) -> list[EndpointReport]:
-    """Return the state of each endpoint, for `Client.endpoints`.  Raises StoreUnavailable."""
+def declared_endpoints(settings: LlmSettings) -> tuple[DeclaredEndpoint, ...]:
+    """Return the endpoints of this process; none without a key or an address."""
     if not configured(settings):
+        return ()
+    return tuple(
+        DeclaredEndpoint(
+            name=each.name,
+            host=urlsplit(each.base_url).netloc,
+            models=tuple(each.models),
+            weight=each.weight,
+            checked=bool(each.health_path),
+        )
+        for each in settings.endpoints_or_default
+    )
+
+
+def endpoint_reports(
+    store: Store,
+    settings: LlmSettings,
+    breakers: CircuitBreakers,
+    hosts: Sequence[HostReport] = (),
+) -> list[EndpointReport]:
+    """Return the state of each endpoint of live workers and of this process.
+
+    A worker's declaration comes before one of this process.  Raises StoreUnavailable.
+    """
+    declared = {each.name: each for each in declared_endpoints(settings)}
+    for host in reversed(hosts):
+        declared |= {each.name: each for each in host.endpoints}
+    if not declared:
         return []
     health = EndpointHealth(store, settings)
     checkups = {each.name: each for each in health.checkups()}
     now_ms = store.call(lambda _: store.now_ms())
     reported = []
-    for each in settings.endpoints_or_default:
+    for each in declared.values():
         breaker = str(breakers.get(service_of(each.name), BREAKER).status()["state"])
         latest = checkups.get(each.name)
         report = _unchecked(each, breaker)
@@ -62,19 +89,19 @@ def endpoint_reports(
     return reported
 
 
-def _unchecked(endpoint: EndpointSettings, breaker: str) -> EndpointReport:
+def _unchecked(endpoint: DeclaredEndpoint, breaker: str) -> EndpointReport:
     """Return the report on an endpoint without a recent check, which gets calls."""
     return EndpointReport(
         name=endpoint.name,
-        host=urlsplit(endpoint.base_url).netloc,
-        models=tuple(endpoint.models),
+        host=endpoint.host,
+        models=endpoint.models,
         weight=endpoint.weight,
         healthy=True,
         strikes=0,
         latency_ms=None,
         checked_s_ago=None,
         breaker=breaker,
-        why="" if endpoint.health_path else "it is not checked: its health_path is empty",
+        why="" if endpoint.checked else "it is not checked: its health_path is empty",
     )
 
 

@@ -23,6 +23,7 @@ from resilience.settings import ALIASES
 from resilience.store import masked
 from rlm_tasks.errors import InvalidSettings
 from rlm_tasks.settings.model import Settings
+from scheduler.board import fingerprint
 
 PREFIX, DELIMITER = "RLM_", "__"
 HIDDEN = "***"
@@ -86,6 +87,29 @@ def described(settings: Settings) -> list[Described]:
         )
         for path, field in fields()
     ]
+
+
+PER_PROCESS = frozenset(
+    variable(path.split("."))
+    for path in (
+        *("redis_url", "broker_url", "result_backend", "operations", "files_root", "slots"),
+        *("ready_file", "log_format", "max_result_bytes", "metrics.address"),
+        *("pressure.max_memory_mb", "tracing.enabled", "tracing.sample_rate"),
+    )
+)
+"""Settings that may differ between the processes of one platform."""
+
+
+def fingerprints(settings: Settings) -> dict[str, str]:
+    """Return variable -> fingerprint of each changed setting that processes should share.
+
+    It has no secret: a secret's value is left out.
+    """
+    return {
+        each.variable: fingerprint(repr(each.value))
+        for each in described(settings)
+        if each.changed and each.variable not in PER_PROCESS and each.value != HIDDEN
+    }
 
 
 # --- mistakes ---------------------------------------------------------------------------------

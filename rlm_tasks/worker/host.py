@@ -7,6 +7,7 @@ page.  That is the level of a drill, otherwise the worse of the host's own and t
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections import Counter
@@ -16,11 +17,14 @@ from typing import Any
 from celery.worker import state
 
 from resilience.degradation import Level
-from resilience.store import Call
+from resilience.store import Call, masked
 from rlm_tasks.engine.runtime import Runtime
 from rlm_tasks.jobs.spec import SCHEMA
+from rlm_tasks.llm.reports import declared_endpoints
 from rlm_tasks.messaging.dispatch import legible, read_header
 from rlm_tasks.operations import registry
+from rlm_tasks.settings.document import fingerprints
+from rlm_tasks.telemetry.limit_reports import declared_limits
 from rlm_tasks.version import __version__
 from rlm_tasks.worker.queue_order import QueueOrder, running
 from scheduler.board import Board, HostReport, Orders, acted_on, refused_at, reported
@@ -41,10 +45,15 @@ class Host:
         pool_size: Callable[[], int],
         queues: Callable[[], list[str]],
         clock: Callable[[], float] = time.time,
+        *,
+        broker: str = "",
     ) -> None:
-        """`clock` gives the time of day in seconds; readers compare it with the server's."""
+        """`clock` gives the time of day in seconds; readers compare it with the server's.
+
+        `broker` is the URL of the broker that this worker consumes.
+        """
         self._runtime, self._pool_size = runtime, pool_size
-        self._queues, self._clock = queues, clock
+        self._queues, self._clock, self._broker = queues, clock, masked(broker)
         settings = runtime.settings.pressure
         self._sampler, self._ladder = Sampler(settings), HostLadder(settings)
         self._sample: Sample | None = None
@@ -138,7 +147,20 @@ class Host:
             refusing=own.refusing,
             refusing_why=own.refusing_why,
             operations=reported(registry.versions()),
+            draining=self._runtime.page.draining,
+            **self._declared,
         )
+
+    @functools.cached_property
+    def _declared(self) -> dict[str, Any]:
+        """The part of a report that stays the same while the worker lives."""
+        settings = self._runtime.settings
+        return {
+            "broker": self._broker,
+            "limits": declared_limits(self._runtime.guards),
+            "endpoints": declared_endpoints(settings.llm),
+            "settings": fingerprints(settings),
+        }
 
     def _ages(self) -> dict[str, float]:
         """Return the ages of the platform's queues in seconds, as the orders have them."""

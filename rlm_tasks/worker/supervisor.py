@@ -89,7 +89,9 @@ class Supervisor(threading.Thread):
         self._exit_code, self._wake_loop = exit_code, wake_loop
         # Calls fail at once while Redis is away; the next ticks catch up.
         self._ledger = runtime.ledger.fail_fast()
-        self.host, self.revocations = Host(runtime, pool_size, queues), Revocations(runtime)
+        broker = str(celery.get("broker_url") or "")
+        self.host = Host(runtime, pool_size, queues, broker=broker)
+        self.revocations = Revocations(runtime)
         self._overdue = OverdueProcesses(runtime)
         self._stopping = False
         # An Event would lock up when a signal's handler sets it while it is being set.

@@ -12,7 +12,16 @@ import pytest
 from resilience.degradation import Level
 from resilience.errors import InvalidValue, StoreUnavailable
 from resilience.keys import Keys
-from scheduler.board import Board, ClusterReport, HostReport, Orders, acted_on, prevailing
+from scheduler.board import (
+    MOST_REMEMBERED,
+    REMEMBERED_MS,
+    Board,
+    ClusterReport,
+    HostReport,
+    Orders,
+    acted_on,
+    prevailing,
+)
 from scheduler.queues import QueueReport
 from scheduler.sampling import Sample
 from scheduler.settings import PressureSettings
@@ -120,7 +129,7 @@ def test_each_host_is_listed_once_with_its_latest_report(world: World) -> None:
     ]
 
 
-def test_a_host_without_recent_reports_is_forgotten(world: World) -> None:
+def test_a_worker_without_recent_reports_is_remembered_as_lost(world: World) -> None:
     here, store = board(world)
     store.call(here.publish(host("gone")))
     world.sleep(SETTINGS.stale_s - 1)
@@ -129,15 +138,61 @@ def test_a_host_without_recent_reports_is_forgotten(world: World) -> None:
 
     world.sleep(1.1)
 
-    assert [each.worker for each in here.hosts()] == ["there"]
-    assert store.client.hkeys(Keys("unit").pressure().hosts) == [b"there"]
+    workers = here.workers()
+    assert [each.worker for each in workers.live] == ["there"]
+    assert workers.departed == [(host("gone"), pytest.approx(SETTINGS.stale_s + 0.1), False)]
 
 
-def test_a_worker_that_ends_removes_its_host_from_the_board(world: World) -> None:
+def test_a_worker_that_ends_is_remembered_as_stopped(world: World) -> None:
     here, store = board(world)
     store.call(here.publish(host("a")))
     here.withdraw("a")
+    here.withdraw("never seen")
+    world.sleep(2)
+
     assert here.hosts() == []
+    assert here.workers().departed == [(host("a"), pytest.approx(2.0), True)]
+    assert here.clocks() == {}, "its clock was not reported"
+
+
+def test_a_worker_that_starts_again_is_no_longer_gone(world: World) -> None:
+    here, store = board(world)
+    store.call(here.publish(host("a")))
+    here.withdraw("a")
+    store.call(here.publish(host("a")))
+
+    assert here.workers() == ([host("a")], [])
+
+
+def test_the_board_remembers_few_workers_and_for_an_hour(world: World) -> None:
+    here, store = board(world)
+    for number in range(MOST_REMEMBERED + 5):
+        store.call(here.publish(host(f"w{number:02}")))
+        here.withdraw(f"w{number:02}")
+        world.sleep(1)
+
+    departed = here.workers().departed
+    assert [each.report.worker for each in departed][:2] == ["w24", "w23"], "the latest are first"
+    assert len(departed) == MOST_REMEMBERED
+    assert store.client.hlen(Keys("unit").pressure().hosts) == MOST_REMEMBERED
+    world.sleep(REMEMBERED_MS / 1000)
+    assert here.workers() == ([], [])
+
+
+def test_the_last_worker_of_a_queue_is_found_among_those_that_are_gone(world: World) -> None:
+    here, store = board(world)
+    for worker, queues in (("a", ("q1", "q2")), ("b", ("q2",))):
+        store.call(here.publish(host(worker, queues=queues)))
+        here.withdraw(worker)
+        world.sleep(1)
+    workers = here.workers()
+
+    found = {name: workers.last_of_queue(name) for name in ("q1", "q2", "q3")}
+    assert {name: each and each.report.worker for name, each in found.items()} == {
+        "q1": "a",
+        "q2": "b",
+        "q3": None,
+    }
 
 
 # --- the announced level ----------------------------------------------------------------------

@@ -14,6 +14,7 @@ from celery.worker import state
 from resilience.degradation import Level
 from rlm_tasks.jobs.spec import SCHEMA
 from rlm_tasks.operations import registry
+from rlm_tasks.settings.document import fingerprints
 from rlm_tasks.settings.model import Settings
 from rlm_tasks.version import __version__
 from rlm_tasks.worker.host import Host
@@ -56,7 +57,8 @@ class Machine:
         )
         self.runtime = self.platform.runtime
         self.page, self.board = self.runtime.page, self.runtime.board
-        self.host = Host(self.runtime, lambda: 4, lambda: self.queues)
+        broker = "redis://:secret@broker:6379/1"
+        self.host = Host(self.runtime, lambda: 4, lambda: self.queues, broker=broker)
         self.now = 1000.0
 
     def measure(self, memory_pct: float | None = 20.0, times: int = 2) -> Level:
@@ -222,6 +224,11 @@ def test_the_report_of_a_host(machine: Machine) -> None:
         Level.HIGH,
         "memory 80 % of 1000 MB",
         reported(registry.versions()),
+        draining=False,
+        broker="redis://:***@broker:6379/1",
+        limits=report.limits,
+        endpoints=(),
+        settings=fingerprints(machine.runtime.settings),
     )
     assert abs(machine.board.clocks()["unit"]) < 5, "in this test its clock is that of the server"
 
