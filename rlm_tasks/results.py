@@ -44,6 +44,7 @@ class ItemFailure:
     message: str
     traceback: str = field(default="", repr=False)
     code: str = ""  # the kind of error: TIMEOUT, RATE_LIMITED, OPERATION_FAILED, ...
+    where: str = ""  # its place in the input, "payments.csv, line 839"; '': its index says all
 
 
 @dataclass(frozen=True, slots=True)

@@ -160,7 +160,8 @@ def job(ctx: click.Context, job_id: str, watch: bool, as_json: bool) -> None:
     spent = handle.spent()
     if as_json:
         log = [asdict(event) for event in events]
-        failed = [{"index": each.index, "type": each.type, "code": each.code} for each in failures]
+        names = ("index", "type", "code", "where")
+        failed = [{name: getattr(each, name) for name in names} for each in failures]
         about: dict[str, Any] = {
             "explain": sentence,
             "trace_id": handle.trace_id,

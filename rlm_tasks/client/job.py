@@ -161,7 +161,7 @@ class Job(JobWaiter):
             done=int(facts["done"]),
             failed_count=int(facts["failed"]),
             skipped=int(facts["skipped"]),
-            failed=self._failures(facts),
+            failed=output.failed if isinstance(output, Outputs) else self._failures(facts),
             successful=self._successful(facts),
             metrics=metrics_of(rounds),
             stopped=next((each["stop"] for each in rounds if each.get("stop")), ""),

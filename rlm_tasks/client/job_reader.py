@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from rlm_tasks.client.session import Session
-from rlm_tasks.errors import JobNotFound
+from rlm_tasks.errors import JobNotFound, JobUnreadable
 from rlm_tasks.jobs.endings import CELERY_STATES
 from rlm_tasks.jobs.trace_ids import trace_id_of
 from rlm_tasks.ledger.at_work import nodes_at_work
@@ -161,8 +163,19 @@ class JobReader:
         return receipt_of([facts, *(each for _, each in self._rounds(facts))])
 
     def failures(self) -> list[ItemFailure]:
-        """Return the first 1,000 failed items in order; for a running job, those so far."""
-        return self._ledger.failures(self.id)
+        """Return the first 1,000 failed items in order; for a running job, those so far.
+
+        The `where` of each one is found here: it is not stored with the failure.
+        """
+        failures = self._ledger.failures(self.id)
+        try:
+            source = self._spec().source if failures else None
+        except (JobNotFound, JobUnreadable):  # the failures are read without their places
+            source = None
+        if source is None:
+            return failures
+        place = partial(self._session.reader.place, source, self._keys.items, self._keys.blocks)
+        return [replace(each, where=place(each.index)) for each in failures]
 
     def quarantined(self) -> list[QuarantinedItem]:
         """Return the quarantined items in order: their process died too often to run them again."""

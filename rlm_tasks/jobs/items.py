@@ -138,7 +138,7 @@ class Lines:
         Raises InvalidRequest for a file or an encoding that cannot be read line by line.
         """
         with TextFile.opened(self.path, self.encoding, writer.root) as text:
-            return writer.lines(text)
+            return writer.lines(text, storable_path(self.path))
 
     def sample(self, random: Random, root: FilesRoot = ANYWHERE, /) -> ItemSample:
         """Return lines of the whole file; of a long file, the whole lines inside some blocks."""
@@ -183,7 +183,7 @@ class Files:
 
     def write(self, writer: ItemWriter) -> tuple[StoredItems, int]:
         """Store the paths.  Raises InvalidRequest when no file matches."""
-        return writer.items(self._below(writer.root))
+        return writer.items(self._below(writer.root), are_paths=True)
 
     def sample(self, random: Random, root: FilesRoot = ANYWHERE, /) -> ItemSample:
         """Return some of the paths.  Raises InvalidRequest when no file matches."""

@@ -2,8 +2,8 @@
 
 Clients write with `ItemWriter`, nodes read with `ItemReader`.  Messages never carry items.  A
 `range` is stored as start and step, a file is read in place, all other items are packed blocks in
-Redis.  Each kind of stored items is one record with `read` and `describe`,
-in the job's specification.
+Redis.  Each kind of stored items is one record with `read`, `describe` and `place`, in the job's
+specification.
 """
 
 from __future__ import annotations
@@ -115,9 +115,15 @@ class RangeSource(msgspec.Struct, frozen=True, tag="range"):
         """Return which integer of the range an item is."""
         return f"{self.start + index * self.step} of a range"
 
+    def place(self, _blocks: Blocks, _index: int) -> str:
+        """Return '': the index says all."""
+        return ""
 
-class BlockSource(msgspec.Struct, frozen=True, tag="blocks"):
+
+class BlockSource(msgspec.Struct, frozen=True, omit_defaults=True, tag="blocks"):
     """Packed blocks of items in Redis."""
+
+    are_paths: bool = False  # each item is the path of a file, which names the item's place
 
     def read(self, blocks: Blocks, lo: int, hi: int) -> Sequence[Any]:
         """Return items from `lo` on, up to `hi`.  Raises Unreadable."""
@@ -127,6 +133,16 @@ class BlockSource(msgspec.Struct, frozen=True, tag="blocks"):
         """Return the number of an item without its value, because items may be confidential."""
         return f"stored item {index}"
 
+    def place(self, blocks: Blocks, index: int) -> str:
+        """Return the path of an item that is a file; '' for other items, and for a lost block."""
+        if not self.are_paths:
+            return ""
+        try:
+            [path] = self.read(blocks, index, index + 1)
+        except Unreadable:
+            return ""
+        return str(path)
+
     def _block(self, start: int, end: int, stored: bytes) -> Block:
         try:
             data, sizes, decode = codec.parts(codec.decompress(stored))
@@ -135,13 +151,14 @@ class BlockSource(msgspec.Struct, frozen=True, tag="blocks"):
         return Block(start, data, _offsets(sizes), decode)
 
 
-class LineSource(msgspec.Struct, frozen=True, tag="lines"):
+class LineSource(msgspec.Struct, frozen=True, omit_defaults=True, tag="lines"):
     """Lines of a text file; Redis keeps the place of each block of lines."""
 
     path: str
     encoding: str
     size: int
     modified_ns: int
+    given: str = ""  # the path as the user wrote it, if it was not the resolved one
 
     def read(self, blocks: Blocks, lo: int, hi: int) -> Sequence[Any]:
         """Return items from `lo` on, up to `hi`.  Raises Unreadable."""
@@ -160,7 +177,11 @@ class LineSource(msgspec.Struct, frozen=True, tag="lines"):
 
     def describe(self, index: int) -> str:
         """Return path and line of an item."""
-        return f"{self.path}, line {index + 1}"
+        return f"{self.given or self.path}, line {index + 1}"
+
+    def place(self, _blocks: Blocks, index: int) -> str:
+        """Return path and line of an item."""
+        return self.describe(index)
 
     def _block(self, start: int, end: int, place: Any, root: FilesRoot) -> Block:
         path = root.checked(self.path)
@@ -219,8 +240,8 @@ class ItemWriter:
         self._bytes = 0
         self._renew_at = float("inf")  # the first flush sets it
 
-    def items(self, items: Iterable[Any]) -> tuple[StoredItems, int]:
-        """Store items; return their record and number.
+    def items(self, items: Iterable[Any], *, are_paths: bool = False) -> tuple[StoredItems, int]:
+        """Store items, which may be paths of files; return their record and number.
 
         Raises InvalidRequest naming the first item that cannot be stored, StoreUnavailable, and
         what the iterable raises.
@@ -231,10 +252,12 @@ class ItemWriter:
             self._add(count, block)
             count += len(block)
         self._flush()
-        return BlockSource(), count
+        return BlockSource(are_paths), count
 
-    def lines(self, text: TextFile) -> tuple[StoredItems, int]:
+    def lines(self, text: TextFile, given: str) -> tuple[StoredItems, int]:
         """Store the places of a file's lines; return their record and number.
+
+        `given` is the path of the file as the user wrote it.
 
         Raises InvalidRequest for a line that is too long, and for a file that changes.
         """
@@ -249,7 +272,14 @@ class ItemWriter:
         if rest:
             self._add_lines(text, count, offset, rest)
         self._flush()
-        source = LineSource(str(text.path), text.encoding, text.size, text.modified_ns)
+        path = str(text.path)
+        source = LineSource(
+            path=path,
+            encoding=text.encoding,
+            size=text.size,
+            modified_ns=text.modified_ns,
+            given="" if given == path else given,
+        )
         return source, count + len(rest)
 
     def _renewing(self, items: Iterable[Any]) -> Iterator[Any]:
@@ -397,6 +427,13 @@ class ItemReader:
         Each reading returns new objects.  Raises Unreadable when the first cannot be read.
         """
         return source.read(Blocks(self, index, blocks), lo, hi)
+
+    def place(self, source: StoredItems, index: str, blocks: str, at: int) -> str:
+        """Return the place of an item in the user's input; '' if its index is its best name.
+
+        A place is "payments.csv, line 839", or the path of a file.
+        """
+        return source.place(Blocks(self, index, blocks), at)
 
     def block(self, index: str, blocks: str, at: int, make: MakeBlock) -> Block:
         """Return the block that holds item `at`.  Raises Unreadable."""

@@ -84,6 +84,11 @@ class Settings(StoreSettings):
         description="Number of recurring faults that are kept; 0: no faults are kept, and the "
         "success of retries is not counted.",
     )
+    show_messages: bool = Field(
+        False,
+        description="Show messages and tracebacks of failures in the command line and Flower; "
+        "they may contain items.",
+    )
     slots: int = Field(
         0,
         ge=0,

@@ -48,7 +48,8 @@ def test_a_job_from_stdin_to_its_tree(client: Client, environment: dict[str, str
     job = result["job_id"]
     printed = json.loads(rlm(environment, "job", job, "--json").stdout)
     assert (printed["status"], printed["trace_id"]) == ("succeeded", client.job(job).trace_id)
-    assert printed["failures"] == [{"index": 1, "type": "ValueError", "code": "OPERATION_FAILED"}]
+    failure = {"index": 1, "type": "ValueError", "code": "OPERATION_FAILED", "where": ""}
+    assert printed["failures"] == [failure]
     [row] = [
         line for line in rlm(environment, "job", job).stdout.splitlines() if "ValueError" in line
     ]

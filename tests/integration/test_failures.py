@@ -4,6 +4,8 @@ Every such job reaches a final state with exact counts."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,10 +14,12 @@ from resilience import InvalidValue
 from rlm_tasks import (
     Binary,
     Client,
+    Files,
     InvalidRequest,
     JobCancelled,
     JobExpired,
     JobFailed,
+    Lines,
     NWay,
     Status,
 )
@@ -36,6 +40,41 @@ def test_failures_are_returned_and_their_rate_is_exact(client: Client) -> None:
     assert "node.py" not in result.failed[0].traceback
     assert result.failure_rate == 50 / 101
     assert list(result.successful) == list(range(0, 101, 2))
+
+
+def test_a_failed_line_has_its_place_in_the_file(
+    client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "payments.csv").write_bytes(b"1\n2\ncaf\xe9\n4\n")
+    monkeypatch.chdir(tmp_path)
+
+    result = client.execute(
+        operation="echo", items=Lines("payments.csv"), continue_on_error=True, timeout=30
+    )
+
+    [failure] = result.failed
+    assert (failure.index, failure.where) == (2, "payments.csv, line 3")
+    assert result.output.failed == [failure]
+    assert json.loads(json.dumps(result.to_dict()["failed"]))[0]["where"] == failure.where
+    stored = client.ledger.failures(result.job_id)
+    assert [each.where for each in stored] == [""], "nothing more is stored"
+
+
+def test_a_failed_file_has_its_path_and_other_items_have_no_place(
+    client: Client, tmp_path: Path
+) -> None:
+    for name in ("good", "bad.pdf"):
+        (tmp_path / name).touch()
+
+    files, plain = (
+        client.submit(operation=name, items=items, continue_on_error=True, timeout=30).result(
+            propagate=False
+        )
+        for name, items in (("spin_each", Files(f"{tmp_path}/*")), ("fail_odd", [0, 1]))
+    )
+
+    assert [each.where for each in files.failed] == [f"{tmp_path}/bad.pdf", f"{tmp_path}/good"]
+    assert [each.where for each in plain.failed] == [""]
 
 
 def test_rows_pair_each_output_with_the_index_of_its_item(client: Client) -> None:

@@ -10,6 +10,7 @@ from random import Random
 from typing import Any, NamedTuple
 
 import fakeredis
+import msgspec
 import numpy
 import pytest
 from hypothesis import given
@@ -19,7 +20,7 @@ from pydantic import BaseModel
 from resilience.store import Store
 from rlm_tasks.errors import InvalidRequest
 from rlm_tasks.jobs.items import BLOCK_BYTES, SAMPLED, Files, Lines, source_of
-from rlm_tasks.jobs.stored_items import ItemReader, ItemWriter
+from rlm_tasks.jobs.stored_items import ItemReader, ItemWriter, LineSource, StoredItems
 
 
 class Counted(Sequence[str]):
@@ -122,15 +123,17 @@ def test_lines_of_a_long_file_are_estimated_from_some_blocks(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("items", "place"),
+    ("items", "about", "place"),
     [
-        (range(10, 5000, 2), "3008 of a range"),
-        ([f"item {at}" for at in range(3000)], "stored item 1499"),
-        (Files("{folder}/*"), "stored item 1499"),
-        (Lines("{folder}/lines"), "{folder}/lines, line 1500"),
+        (range(10, 5000, 2), "3008 of a range", ""),
+        ([f"item {at}" for at in range(3000)], "stored item 1499", ""),
+        (Files("{folder}/*"), "stored item 1499", ""),
+        (Lines("{folder}/lines"), "{folder}/lines, line 1500", "{folder}/lines, line 1500"),
     ],
 )
-def test_each_kind_is_read_as_it_is_iterated(items: Any, place: str, tmp_path: Path) -> None:
+def test_each_kind_is_read_as_it_is_iterated(
+    items: Any, about: str, place: str, tmp_path: Path
+) -> None:
     (tmp_path / "lines").write_text("".join(f"line {at}\n" for at in range(3000)))
     if isinstance(items, Lines):
         items = Lines(tmp_path / "lines")
@@ -141,8 +144,49 @@ def test_each_kind_is_read_as_it_is_iterated(items: Any, place: str, tmp_path: P
     writer = ItemWriter(store, "index", "blocks", max_item_bytes=1 << 20)
     stored, n = source_of(items).write(writer)
 
-    assert list(ItemReader(store).read(stored, "index", "blocks", 0, n)) == list(source_of(items))
-    assert stored.describe(1499) == place.replace("{folder}", str(tmp_path))
+    reader = ItemReader(store)
+    assert list(reader.read(stored, "index", "blocks", 0, n)) == list(source_of(items))
+    assert stored.describe(1499) == about.replace("{folder}", str(tmp_path))
+    found = reader.place(stored, "index", "blocks", 1499)
+    assert found == place.replace("{folder}", str(tmp_path))
+
+
+@pytest.mark.parametrize("written", ["payments.csv", "./link", "{folder}/payments.csv"])
+def test_the_place_of_a_line_has_the_path_as_the_user_wrote_it(
+    written: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "payments.csv").write_text("a\nb\n")
+    (tmp_path / "link").symlink_to(tmp_path / "payments.csv")
+    monkeypatch.chdir(tmp_path)
+    written = written.replace("{folder}", str(tmp_path))
+    store = Store("redis://fake", client=fakeredis.FakeRedis())
+    writer = ItemWriter(store, "index", "blocks", max_item_bytes=1 << 20)
+
+    stored, _ = Lines(written).write(writer)
+
+    assert isinstance(stored, LineSource)
+    assert stored.path == str(tmp_path / "payments.csv"), "workers read the resolved path"
+    assert ItemReader(store).place(stored, "index", "blocks", 1) == f"{written}, line 2"
+    monkeypatch.chdir("/")
+    assert ItemReader(store).read(stored, "index", "blocks", 0, 2) == ["a", "b"]
+
+
+def test_the_place_of_a_file_is_its_path_and_empty_when_its_block_is_lost(tmp_path: Path) -> None:
+    for name in "abc":
+        (tmp_path / name).write_text(name)
+    store = Store("redis://fake", client=fakeredis.FakeRedis())
+    writer = ItemWriter(store, "index", "blocks", max_item_bytes=1 << 20)
+
+    stored, _ = Files(f"{tmp_path}/*").write(writer)
+
+    assert ItemReader(store).place(stored, "index", "blocks", 1) == f"{tmp_path}/b"
+    store.client.flushall()
+    assert ItemReader(store).place(stored, "index", "blocks", 1) == ""
+
+
+@pytest.mark.parametrize("text", [b'{"type":"blocks"}', b'{"type":"blocks","later":1}'])
+def test_stored_items_of_the_release_before_and_after_are_read(text: bytes) -> None:
+    assert msgspec.json.decode(text, type=StoredItems).describe(7) == "stored item 7"
 
 
 class Frame:
