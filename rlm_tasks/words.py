@@ -1,0 +1,56 @@
+"""Numbers, times and lists in words, alike in each sentence and table that people read.
+
+The command line, Flower, explanations and errors use it.  Each function returns a short text.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+
+_UNITS = ((172_800.0, 86_400.0, "d"), (7200.0, 3600.0, "h"), (120.0, 60.0, "min"), (1.0, 1.0, "s"))
+"""A duration from the first number of seconds on has the unit, which has the second number."""
+NAMED = 3
+"""A list names this many, and counts the others."""
+
+
+def count(number: float, noun: str) -> str:
+    """Return a number with its noun: "1 node", "1,200 nodes", "0 nodes", "0.5 seconds"."""
+    shown = f"{number:,}" if isinstance(number, int) else f"{number:,.6g}"
+    return f"{shown} {noun if number == 1 else noun + 's'}"
+
+
+def duration(seconds: float) -> str:
+    """Return a time in the largest fitting unit: "0 s", "250 ms", "3.2 s", "74 s", "12 min"."""
+    for least, unit_s, unit in _UNITS:
+        if seconds >= least:
+            amount = seconds / unit_s
+            return f"{amount:.1f} {unit}" if amount < 9.95 else f"{amount:.0f} {unit}"
+    return f"{max(0.0, seconds) * 1000:.0f} ms" if seconds > 0 else "0 s"
+
+
+def age(seconds: float) -> str:
+    """Return how long ago something was: "74 s ago"."""
+    return f"{duration(seconds)} ago"
+
+
+def clock(at: float) -> str:
+    """Return a time of day from seconds since 1970: "14:02:11 UTC"."""
+    return time.strftime("%H:%M:%S UTC", time.gmtime(at))
+
+
+def money(amount: float) -> str:
+    """Return an amount with four decimals, a small one with at most two digits: "1.2000", "0.00007"."""
+    digits = 4 if amount >= 0.01 or not amount else 1 - math.floor(math.log10(abs(amount)))
+    return f"{amount:,.4f}" if digits <= 4 else f"{amount:.{digits}f}".rstrip("0")
+
+
+def listed(names: Sequence[str], *, noun: str = "", most: int = NAMED) -> str:
+    """Return names as a list that ends in the number of the others: "a, b, c and 2 more".
+
+    With a noun the list begins with it: "worker a", "workers a and b".
+    """
+    shown = [*names[:most], *([f"{len(names) - most} more"] if len(names) > most else [])]
+    text = " and ".join(filter(None, (", ".join(shown[:-1]), *shown[-1:])))
+    return f"{noun}{'s' if len(names) > 1 else ''} {text}" if noun else text

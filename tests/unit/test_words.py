@@ -1,0 +1,76 @@
+"""Numbers, times and lists as people read them."""
+
+from __future__ import annotations
+
+import pytest
+
+from rlm_tasks.words import age, clock, count, duration, listed, money
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0, "0 nodes"), (1, "1 node"), (2, "2 nodes"), (1200, "1,200 nodes"), (0.5, "0.5 nodes")],
+)
+def test_a_number_has_its_noun_in_the_right_form(number: float, text: str) -> None:
+    assert count(number, "node") == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0 s"),
+        (-1, "0 s"),
+        (0.0004, "0 ms"),
+        (0.25, "250 ms"),
+        (1, "1.0 s"),
+        (3.24, "3.2 s"),
+        (9.96, "10 s"),
+        (74, "74 s"),
+        (119.4, "119 s"),
+        (120, "2.0 min"),
+        (720, "12 min"),
+        (7200, "2.0 h"),
+        (86_400, "24 h"),
+        (172_800, "2.0 d"),
+        (864_000, "10 d"),
+    ],
+)
+def test_a_duration_has_the_largest_fitting_unit(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+    assert age(seconds) == f"{text} ago"
+
+
+def test_a_time_of_day_names_its_zone() -> None:
+    assert clock(51_131) == "14:12:11 UTC"
+
+
+@pytest.mark.parametrize(
+    ("amount", "text"),
+    [
+        (0, "0.0000"),
+        (1234.5, "1,234.5000"),
+        (0.02, "0.0200"),
+        (0.00007, "0.00007"),
+        (0.0012, "0.0012"),
+    ],
+)
+def test_a_small_amount_of_money_keeps_two_digits(amount: float, text: str) -> None:
+    assert money(amount) == text
+
+
+@pytest.mark.parametrize(
+    ("names", "text"),
+    [
+        ([], ""),
+        (["a"], "a"),
+        (["a", "b"], "a and b"),
+        (["a", "b", "c"], "a, b and c"),
+        (["a", "b", "c", "d"], "a, b, c and 1 more"),
+        (list("abcdefg"), "a, b, c and 4 more"),
+    ],
+)
+def test_a_list_names_the_first_and_counts_the_others(names: list[str], text: str) -> None:
+    assert listed(names) == text
+    noun = "worker " if len(names) == 1 else "workers " if names else ""
+    if names:
+        assert listed(names, noun="worker") == noun + text
