@@ -26,7 +26,8 @@ def duration(seconds: float) -> str:
     for least, unit_s, unit in _UNITS:
         if seconds >= least:
             amount = seconds / unit_s
-            return f"{amount:.1f} {unit}" if amount < 9.95 else f"{amount:.0f} {unit}"
+            shown = f"{amount:.1f}".removesuffix(".0") if amount < 9.95 else f"{amount:.0f}"
+            return f"{shown} {unit}"
     return f"{max(0.0, seconds) * 1000:.0f} ms" if seconds > 0 else "0 s"
 
 
@@ -41,7 +42,7 @@ def clock(at: float) -> str:
 
 
 def money(amount: float) -> str:
-    """Return an amount with four decimals, a small one with at most two digits: "1.2000", "0.00007"."""
+    """Return an amount with four decimals, a small one with two digits: "1.2000", "0.000072"."""
     digits = 4 if amount >= 0.01 or not amount else 1 - math.floor(math.log10(abs(amount)))
     return f"{amount:,.4f}" if digits <= 4 else f"{amount:.{digits}f}".rstrip("0")
 

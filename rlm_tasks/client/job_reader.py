@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 from rlm_tasks.client.session import Session
 from rlm_tasks.errors import JobNotFound, JobUnreadable
-from rlm_tasks.jobs.endings import CELERY_STATES
+from rlm_tasks.jobs.endings import CELERY_STATES, sentence
 from rlm_tasks.jobs.trace_ids import trace_id_of
-from rlm_tasks.ledger.at_work import nodes_at_work
+from rlm_tasks.ledger.at_work import held_nodes
 from rlm_tasks.ledger.explain import explain, without_message
-from rlm_tasks.ledger.records import MERGE, NodesAtWork
+from rlm_tasks.ledger.records import MERGE
 from rlm_tasks.ledger.round_ids import opened_rounds
 from rlm_tasks.ledger.tree import read_tree
 from rlm_tasks.results import (
@@ -136,15 +136,24 @@ class JobReader:
         return self._ledger.events(self.id)
 
     def explain(self, *, message: bool = True) -> str:
-        """Return a sentence: why the job waits, what it does, or how it ended.
+        """Return some sentences: why the job waits, what it does, or how it ended.
 
-        While Redis takes no writes, another sentence says so.  Without `message` the error of a
-        merge is named by its class alone: its message may contain items.
+        They name what to do, where nobody works on the job.  While Redis takes no writes, another
+        sentence says so.  Without `message` errors are named by their class and guards by their
+        name alone: their texts may contain items.
         """
         facts = self._facts() if message else without_message(self._facts())
         if Status(facts["state"]).final:
-            return explain(facts, NodesAtWork(), 0)
-        why = explain(facts, nodes_at_work(self._ledger, self.id, facts), self._now_ms())
+            return sentence(facts)
+        at_work = held_nodes(self._ledger, self.id, facts)
+        why = explain(
+            facts,
+            at_work if message else at_work.without_texts(),
+            self._now_ms(),
+            self._readable_spec(),
+            self._session.deployment(),
+            sweep_s=self._session.settings.ledger.sweep_s,
+        )
         refused = self._session.store.refusal()
         return why if refused is None else f"{why} No job goes on: {refused}."
 
@@ -168,13 +177,11 @@ class JobReader:
         The `where` of each one is found here: it is not stored with the failure.
         """
         failures = self._ledger.failures(self.id)
-        try:
-            source = self._spec().source if failures else None
-        except (JobNotFound, JobUnreadable):  # the failures are read without their places
-            source = None
-        if source is None:
+        spec = self._readable_spec() if failures else None
+        if spec is None:
             return failures
-        place = partial(self._session.reader.place, source, self._keys.items, self._keys.blocks)
+        reader, keys = self._session.reader, self._keys
+        place = partial(reader.place, spec.source, keys.items, keys.blocks)
         return [replace(each, where=place(each.index)) for each in failures]
 
     def quarantined(self) -> list[QuarantinedItem]:
@@ -194,6 +201,13 @@ class JobReader:
         if spec is None:
             raise JobNotFound(self.id)
         return spec
+
+    def _readable_spec(self) -> JobSpec | None:
+        """Return the specification, None if it cannot be read or has expired."""
+        try:
+            return self._spec()
+        except (JobNotFound, JobUnreadable):
+            return None
 
     def _now_ms(self) -> int:
         now_ms: int = self._session.store.call(lambda _: self._session.store.now_ms())

@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING
 from celery import Celery
 
 from resilience.keys import Keys
-from resilience.store import MAX_CONNECTIONS, Store, guard_store
+from resilience.store import MAX_CONNECTIONS, Store, guard_store, masked
 from rlm_tasks.client.admission import AdmissionCheck
 from rlm_tasks.errors import BrokerUnavailable, InvalidRequest
+from rlm_tasks.installation import command_of
 from rlm_tasks.jobs.file_roots import FilesRoot
 from rlm_tasks.jobs.stored_items import ItemReader
 from rlm_tasks.ledger.ledger import Ledger
+from rlm_tasks.ledger.obstacles import Deployment
 from rlm_tasks.messaging.broker import AWAY
 from rlm_tasks.messaging.delivery import Delivery
 from rlm_tasks.messaging.dispatch import Dispatcher
@@ -120,6 +122,19 @@ class Session:
             return self.admission.gauge.read(queue_names(self.settings))
         except AWAY as error:
             raise BrokerUnavailable.of(str(self.app.conf.broker_url), error) from None
+
+    def deployment(self) -> Deployment:
+        """Return the facts around all jobs, by which explanations and the doctor judge.
+
+        Raises StoreUnavailable.
+        """
+        workers = self.board.workers()
+        try:
+            queues = self.queues()
+        except BrokerUnavailable:
+            queues = None
+        broker, command = masked(str(self.app.conf.broker_url)), command_of(self.app)
+        return Deployment(workers, queues, broker, command)
 
     def recall(self) -> None:
         """Make running nodes of all workers ask the ledger at once, not at their next pulse."""

@@ -12,7 +12,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import unquote
@@ -24,9 +24,6 @@ from pydantic import SecretStr
 from resilience.breaker import CircuitBreakers
 from rlm_tasks.diagnosis import doctor
 from rlm_tasks.errors import JobNotFound
-from rlm_tasks.ledger.at_work import nodes_at_work
-from rlm_tasks.ledger.explain import explain, without_message
-from rlm_tasks.ledger.records import NodesAtWork
 from rlm_tasks.settings.document import HIDDEN, to_dict
 from rlm_tasks.version import __version__
 
@@ -177,24 +174,12 @@ def _outline(client: Client, job_id: str) -> dict[str, Any]:
     facts = client.ledger.facts(job_id)
     if not facts:
         return {"id": job_id}
-    at_work = _discreet(nodes_at_work(client.ledger, job_id, facts))
     return {
         "id": job_id,
         **{name: facts[name] for name in _WORDS if name in facts},
         **{name: int(facts[name]) for name in _COUNTS if name in facts},
-        "explain": explain(without_message(facts), at_work, client.ledger.store.now_ms()),
+        "explain": client.job(job_id).explain(message=False),
     }
-
-
-def _discreet(at_work: NodesAtWork) -> NodesAtWork:
-    """Return the sums of a job, with reasons that are cut at the colon.
-
-    The name of the guard stands before the colon; a text of the operation may follow it.
-    """
-    reasons = Counter[str]()
-    for why, count in at_work.reasons.items():
-        reasons[why.partition(": ")[0]] += count
-    return replace(at_work, reasons=reasons)
 
 
 def _whole(client: Client, job_id: str) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""One sentence about a job: why it waits, what it does, or how it ended.
+"""Sentences about a job: why it waits, what it does, or how it ended.
 
 `JobReader.explain` and the bundle of a bug report call `explain`.  The function is pure: it takes
-facts of the ledger and returns words.
+facts of the ledger and reports of workers, and returns words.  `obstacles` has the rules for jobs
+that no worker can run.
 """
 
 from __future__ import annotations
@@ -12,38 +13,104 @@ from collections.abc import Mapping
 import msgspec
 
 from rlm_tasks.jobs.endings import CAUSES, sentence
+from rlm_tasks.jobs.spec import JobSpec
+from rlm_tasks.ledger.obstacles import Deployment, gone, obstacle, waiting
 from rlm_tasks.ledger.records import NodesAtWork
 from rlm_tasks.results import Status
+from rlm_tasks.words import count, duration, listed
+
+MOST_REASONS = 3
+"""An explanation names this many reasons why nodes are parked."""
 
 
-def explain(facts: Mapping[str, str], at_work: NodesAtWork, now_ms: int) -> str:
-    """Return the sentence about a job, from its facts, its nodes and the server's time."""
-    state = facts["state"]
-    if Status(state).final:
+def explain(
+    facts: Mapping[str, str],
+    at_work: NodesAtWork,
+    now_ms: int,
+    spec: JobSpec | None,
+    deployment: Deployment,
+    *,
+    sweep_s: float,
+) -> str:
+    """Return the sentences about a job.
+
+    They come from its facts, its nodes, the server's time, its specification (None: it cannot be
+    read) and the platform around it.  `sweep_s` is the interval of sweeps in seconds.
+    """
+    if Status(facts["state"]).final:
         return sentence(facts)
-    running, queued, parked = at_work.running, at_work.queued, at_work.parked
-    first = next(iter(at_work.reasons), "")
-    if state == "merging":
-        return (
-            "All of its items are done, failed or skipped; "
-            f"{first or 'the answer is being merged'}."
-        )
-    if facts.get("stop"):
+    blocked = obstacle(spec, deployment) if spec is not None else ""
+    lost = _lost(at_work, deployment)
+    running = max(0, at_work.running - sum(lost.values()))
+    if facts["state"] == "merging":
+        what = _merging(at_work, running)
+    elif facts.get("stop"):
         cause = CAUSES.get(facts["stop"], facts["stop"])
-        return f"It is stopping because {cause}; {_nodes(running)} still in a slice."
-    if state == "pending":
-        waited = f"It has waited {(now_ms - int(facts['opened_ms'])) / 1000:.1f} s"
-        if first:
-            return f"{waited} to be started: {first}."
-        return f"{waited} in queue {facts['queue']} for a worker; does a worker consume that queue?"
-    because = "; ".join(why for why, _ in Counter(at_work.reasons).most_common(3))
-    if not running and parked:
-        return f"It waits: {_nodes(parked)} parked ({because})."
-    if not running:
-        return f"It waits for a free worker: {_nodes(queued)} in queue {facts['queue']}."
-    slots = f"{running} slot{'s' if running > 1 else ''}"
-    others = f"{queued} node{'s' if queued != 1 else ''} queued and {parked} parked"
-    return f"It runs on {slots}, with {others}{f' ({because})' if because else ''}."
+        what = f"It is stopping because {cause}; {_are(running)} still in a slice."
+    elif running:
+        what = _running(at_work, running)
+    else:
+        what = _idle(facts, at_work, now_ms, lost)
+        if not (blocked or lost or at_work.parked) and at_work.queued:
+            blocked = waiting(facts["queue"], deployment, sweep_s)
+    told = blocked if blocked and not running else _left_behind(lost, deployment)
+    return f"{what} {told}".rstrip()
+
+
+def _merging(at_work: NodesAtWork, running: int) -> str:
+    done = "All of its items are done, failed or skipped; "
+    if at_work.reasons:
+        return f"{done}{next(iter(at_work.reasons))}."
+    if running:
+        return f"{done}the answer is being merged."
+    return f"{done}the answer waits to be merged."
+
+
+def _running(at_work: NodesAtWork, running: int) -> str:
+    others = f"{count(at_work.queued, 'node')} queued and {at_work.parked} parked"
+    because = _because(at_work)
+    return (
+        f"It runs on {count(running, 'slot')}, with {others}{f' ({because})' if because else ''}."
+    )
+
+
+def _idle(
+    facts: Mapping[str, str], at_work: NodesAtWork, now_ms: int, lost: Mapping[str, int]
+) -> str:
+    """Return for how long a job waits, and for what its parked nodes wait."""
+    if facts["state"] == "pending":
+        waited = f"It has waited {duration((now_ms - int(facts['opened_ms'])) / 1000)}"
+        if at_work.reasons:
+            return f"{waited} to be started: {next(iter(at_work.reasons))}."
+        return f"{waited} in queue {facts['queue']} for a worker."
+    if lost:
+        others = f"{count(at_work.queued, 'node')} queued and {at_work.parked} parked"
+        return f"It stands still, with {count(sum(lost.values()), 'node')} left behind, {others}."
+    if at_work.parked:
+        return f"It waits: {_are(at_work.parked)} parked ({_because(at_work)})."
+    since_ms = int(facts.get("claimed_ms") or facts.get("started_ms") or facts["opened_ms"])
+    idle = f"No node of it has begun for {duration((now_ms - since_ms) / 1000)}"
+    return f"{idle}; {_are(at_work.queued)} in queue {facts['queue']}."
+
+
+def _because(at_work: NodesAtWork) -> str:
+    return "; ".join(why for why, _ in Counter(at_work.reasons).most_common(MOST_REASONS))
+
+
+def _lost(at_work: NodesAtWork, deployment: Deployment) -> dict[str, int]:
+    """Return the workers that no longer report, and the nodes that they held."""
+    live = {host.worker for host in deployment.workers.live}
+    return {worker: held for worker, held in at_work.holders.items() if worker not in live}
+
+
+def _left_behind(lost: Mapping[str, int], deployment: Deployment) -> str:
+    """Return which workers left nodes of the job behind, and what becomes of these nodes."""
+    if not lost:
+        return ""
+    known = {each.report.worker: each for each in deployment.workers.departed}
+    workers = [gone(known[name]) if name in known else f"worker {name} is gone" for name in lost]
+    told = listed(workers)
+    return f"{told[:1].upper()}{told[1:]}; others run its nodes when their leases have ended."
 
 
 def without_message(facts: Mapping[str, str]) -> dict[str, str]:
@@ -55,5 +122,5 @@ def without_message(facts: Mapping[str, str]) -> dict[str, str]:
     return {**facts, "error": msgspec.json.encode(kept).decode()}
 
 
-def _nodes(count: int) -> str:
-    return "1 node is" if count == 1 else f"{count} nodes are"
+def _are(number: int) -> str:
+    return f"{count(number, 'node')} {'is' if number == 1 else 'are'}"

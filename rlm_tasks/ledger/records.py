@@ -5,8 +5,9 @@ The engine, the worker and clients read them.  Begin with `Claim` and `Report`.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import msgspec
 
@@ -216,6 +217,18 @@ class NodesAtWork:
     running: int = 0
     parked: int = 0
     reasons: Mapping[str, int] = field(default_factory=dict)  # why nodes are parked -> their number
+    holders: Mapping[str, int] = field(default_factory=dict)
+    """Worker -> nodes that it holds, of the first hundred; empty: not read."""
+
+    def without_texts(self) -> NodesAtWork:
+        """Return the sums with reasons that are cut at the colon.
+
+        The name of the guard stands before the colon; a text of the operation may follow it.
+        """
+        reasons = Counter[str]()
+        for why, count in self.reasons.items():
+            reasons[why.partition(": ")[0]] += count
+        return replace(self, reasons=reasons)
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,10 @@ from rlm_tasks.engine.runtime import Runtime
 from rlm_tasks.jobs.items import source_of
 from rlm_tasks.jobs.spec import SCHEMA, JobSpec
 from rlm_tasks.jobs.stored_items import ItemWriter
+from rlm_tasks.ledger.at_work import held_nodes
+from rlm_tasks.ledger.explain import explain
 from rlm_tasks.ledger.ledger import Ledger
+from rlm_tasks.ledger.obstacles import Deployment
 from rlm_tasks.ledger.partials import compact_split
 from rlm_tasks.ledger.records import ROOT, Child, Split
 from rlm_tasks.messaging.dispatch import group_id
@@ -33,6 +36,7 @@ from rlm_tasks.operations import registry
 from rlm_tasks.requests import JobRequest, Priority
 from rlm_tasks.settings.model import Settings
 from rlm_tasks.testing import embedded
+from scheduler.board import Departed, HostReport, Workers
 from scheduler.slots import SlotBoard
 
 DATABASES = 16
@@ -55,6 +59,13 @@ def empty_database() -> redis.Redis:
     database = next(_databases())
     database.flushdb()
     return database
+
+
+def host(worker: str = "unit", *queues: str, **about: Any) -> HostReport:
+    """Return the report of a worker that consumes queues, by default those of all priorities."""
+    names = queues or tuple(f"unit.{priority}" for priority in Priority)
+    fields = {"slots": 2, "busy": 0, "active": {}, "schema": SCHEMA} | about
+    return HostReport(worker, 0, 0.0, "", queues=names, **fields)
 
 
 class Clock:
@@ -162,6 +173,14 @@ class Platform:
         ):
             self.mailbox.send_root([spec], ROOT)
         return spec
+
+    def explain(self, job: str, *hosts: HostReport, departed: Sequence[Departed] = ()) -> str:
+        """Return the explanation of a job, with these workers on the board."""
+        facts, spec = self.ledger.facts(job), self.ledger.spec(job)
+        deployment = Deployment(Workers(hosts, departed), {}, "redis://test", "celery -A shop")
+        at_work = held_nodes(self.ledger, job, facts)
+        now_ms = self.store.now_ms()
+        return explain(facts, at_work, now_ms, spec, deployment, sweep_s=5.0)
 
     def step(self) -> None:
         """Deliver one message, sometimes twice, with some slots free."""

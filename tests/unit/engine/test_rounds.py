@@ -16,15 +16,13 @@ from redis.exceptions import ConnectionError
 from rlm_tasks.engine.node import run_node
 from rlm_tasks.errors import InvalidRequest
 from rlm_tasks.jobs.rounds import NextRound, Round
-from rlm_tasks.ledger.at_work import nodes_at_work
-from rlm_tasks.ledger.explain import explain
 from rlm_tasks.ledger.records import MERGE
 from rlm_tasks.ledger.round_ids import opened_rounds, round_id
 from rlm_tasks.operations import registry
 from rlm_tasks.operations.registry import operation
 from rlm_tasks.requests import JobRequest, Options
 from rlm_tasks.results import Status
-from tests.unit.harness import Platform
+from tests.unit.harness import Platform, host
 
 FAN_IN = 3
 
@@ -157,11 +155,7 @@ def test_the_explanation_names_the_round_at_work() -> None:
     while not opened_rounds(platform.ledger, spec.job):
         platform.step()
 
-    facts = platform.ledger.facts(spec.job)
-    at_work = nodes_at_work(platform.ledger, spec.job, facts)
-    explanation = explain(facts, at_work, platform.store.now_ms())
-
-    assert explanation == (
+    assert platform.explain(spec.job, host()) == (
         "All of its items are done, failed or skipped; "
         f"its round 1 is at work: job {round_id(spec.job, 1)}."
     )
