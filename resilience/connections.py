@@ -177,6 +177,18 @@ def unreadable(url: str, error: Exception) -> RecordUnreadable:
     return error if isinstance(error, RecordUnreadable) else RecordUnreadable(url, told(error))
 
 
+def answers_of(pipe: Any) -> list[Any]:
+    """Run a pipeline and return its answers; a command that is wrong for its key has its error.
+
+    So a damaged record of one job hides no other.  Raises any other error, such as an outage.
+    """
+    answers = list(pipe.execute(raise_on_error=False))
+    for each in answers:
+        if isinstance(each, Exception) and not is_wrong(each):
+            raise each
+    return answers
+
+
 class Refused(RedisConnectionError):
     """Redis refused a command for a while; callers treat it as a lost connection.  Has `code`."""
 

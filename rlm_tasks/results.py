@@ -275,6 +275,7 @@ class Progress:
     eta_s: float | None  # seconds to the end at that rate; None while unknown
     phase: str = "process"  # validate: done counts validated items
     round: int = 0  # the current round; items of all rounds so far are counted
+    submitted_at: float = 0.0  # seconds since the epoch, by the server's clock
 
     @property
     def fraction(self) -> float:

@@ -10,16 +10,16 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from celery import Celery
 
-from resilience.connections import RecordUnreadable
 from resilience.faults import Fault, classify
 from resilience.retry import RetryPolicy
 from resilience.store import Store
-from resilience.validation import tell_unreadable
 from rlm_tasks.celery import default_app
+from rlm_tasks.client import job_search
 from rlm_tasks.client.job import Job
 from rlm_tasks.client.platform import Platform
 from rlm_tasks.client.session import Session
@@ -27,18 +27,15 @@ from rlm_tasks.client.submission import Submission
 from rlm_tasks.errors import (
     InvalidRequest,
     JobEnded,
-    JobNotFound,
-    JobUnreadable,
     Overloaded,
     QueueFull,
 )
-from rlm_tasks.jobs import spec as specs
 from rlm_tasks.jobs.spec import JobSpec
 from rlm_tasks.ledger.ledger import Ledger
 from rlm_tasks.operations import registry
 from rlm_tasks.operations.protection import retry_policy
 from rlm_tasks.requests import JobRequest, Options
-from rlm_tasks.results import JobResult, Progress, QuarantinedItem
+from rlm_tasks.results import JobResult, Progress, QuarantinedItem, Status
 from rlm_tasks.settings.model import Settings
 
 if TYPE_CHECKING:
@@ -224,35 +221,45 @@ class Client(Platform):
     # --- finding again -------------------------------------------------------------------------
 
     def job(self, job_id: str) -> Job:
-        """Return the handle of a job that any client submitted.  Raises JobNotFound."""
-        if not self.ledger.job_list.known([job_id]):
-            raise JobNotFound(job_id)
-        return Job(self.session, job_id)
+        """Return the handle of a job that any client submitted, by its id or the beginning of it.
 
-    def jobs(self, limit: int = 100) -> list[Job]:
-        """Return the newest jobs of this platform, the newest first.  Raises StoreUnavailable."""
-        return [Job(self.session, id) for id, _ in self.ledger.job_list.newest(limit)]
+        Lists show the first 8 characters; 4 are enough where no other id begins so.  Raises
+        JobNotFound, and InvalidRequest that lists the jobs when several ids begin so.
+        """
+        return Job(self.session, job_search.full_id(self.ledger, job_id))
 
-    def listed(self, limit: int = 100) -> list[tuple[JobSpec, Progress]]:
-        """Return specification and progress of the newest jobs.
+    def jobs(
+        self,
+        limit: int = 100,
+        *,
+        operation: str | None = None,
+        status: Status | str | Iterable[Status | str] | None = None,
+        since: float | timedelta | datetime | None = None,
+    ) -> list[Job]:
+        """Return the newest jobs of this platform, the newest first.
+
+        Each given filter must match.  `operation` is a name, `status` one status or several.
+        `since` is a datetime, a timedelta or seconds: ``since=3600`` returns the jobs of the last
+        hour.  Raises InvalidRequest, StoreUnavailable.
+        """
+        found = job_search.newest(self.ledger, limit, operation, status, since)
+        return [Job(self.session, id) for id in found]
+
+    def listed(
+        self,
+        limit: int = 100,
+        *,
+        operation: str | None = None,
+        status: Status | str | Iterable[Status | str] | None = None,
+        since: float | timedelta | datetime | None = None,
+    ) -> list[tuple[JobSpec, Progress]]:
+        """Return specification and progress of the newest jobs, with the filters of `jobs`.
 
         Jobs that expire during the call are left out.  A job whose specification cannot be read has
-        the operation ``(cannot be read)``.  Raises StoreUnavailable.
+        the operation ``(cannot be read)``.  Raises InvalidRequest, StoreUnavailable.
         """
-        return [each for job in self.jobs(limit) for each in self._listed(job)]
-
-    def _listed(self, job: Job) -> list[tuple[JobSpec, Progress]]:
-        try:
-            try:
-                spec = self.ledger.spec(job.id)
-            except JobUnreadable as error:
-                spec = specs.unreadable(error, self.ledger.facts(job.id))
-            return [(spec, job.progress())] if spec is not None else []
-        except JobNotFound:
-            return []
-        except (JobUnreadable, RecordUnreadable) as error:
-            tell_unreadable(f"job {job.id}", type(error).__name__)
-            return []
+        found = job_search.newest(self.ledger, limit, operation, status, since)
+        return job_search.listed(self.ledger, found)
 
     def quarantine(self) -> list[QuarantinedItem]:
         """Return the quarantined items of all jobs, the newest job first.

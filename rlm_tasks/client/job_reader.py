@@ -11,11 +11,12 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from rlm_tasks.client.session import Session
-from rlm_tasks.errors import JobNotFound, JobUnreadable
+from rlm_tasks.errors import JobNotFound, JobUnreadable, RlmError
 from rlm_tasks.jobs.endings import CELERY_STATES, sentence
 from rlm_tasks.jobs.trace_ids import trace_id_of
 from rlm_tasks.ledger.at_work import held_nodes
 from rlm_tasks.ledger.explain import explain, without_message
+from rlm_tasks.ledger.job_counters import JobCounters, JobReading, read_counters
 from rlm_tasks.ledger.records import MERGE
 from rlm_tasks.ledger.round_ids import opened_rounds
 from rlm_tasks.ledger.tree import read_tree
@@ -80,31 +81,12 @@ class JobReader:
 
     def progress(self) -> Progress:
         """Return the progress of the job and its rounds, running nodes included."""
-        facts = self._facts()
-        parts = [(self.id, facts), *self._rounds(facts)]
-        status = Status(facts["state"])
-        counts = (self._counts(*part) for part in parts)
-        done, failed, skipped = (sum(each) for each in zip(*counts, strict=True))
-        began, ended = int(facts.get("started_ms", 0)), int(facts.get("closed_ms", 0))
-        elapsed_s = max(0.0, ((ended or self._now_ms()) - began) / 1000) if began else 0.0
-        worked, total = done + failed, _summed(parts, "n")
-        rate = worked / elapsed_s if elapsed_s else 0.0
-        left = total - worked - skipped
-        return Progress(
-            status=status,
-            total=total,
-            done=done,
-            failed=failed,
-            skipped=skipped,
-            nodes=_summed(parts, "nodes"),
-            pending=_summed(parts, "pending"),
-            splits=_summed(parts, "splits"),
-            elapsed_s=elapsed_s,
-            rate=rate,
-            eta_s=0.0 if status.final else (left / rate if rate else None),
-            phase=facts["phase"],
-            round=len(parts) - 1,
-        )
+        [reading] = read_counters(self._ledger, [self.id])
+        if isinstance(reading, RlmError):
+            raise reading
+        if not reading.parts[0].facts:
+            raise JobNotFound(self.id)
+        return progress_of(reading)
 
     def tree(self, limit: int = TREE_NODES) -> Tree:
         """Return the nodes, parents before their children, siblings in item order.
@@ -217,14 +199,45 @@ class JobReader:
         found = opened_rounds(self._ledger, self.id) if facts.get("rounds") else []
         return [each for each in found if each[1]]
 
-    def _counts(self, id: str, facts: Facts) -> tuple[int, int, int]:
-        """Return done, failed and skipped of a job or a round, including its running nodes."""
-        done, failed, skipped = (int(facts[name]) for name in ("done", "failed", "skipped"))
-        if facts["phase"] == "validate":
-            done = int(facts["validated"]) - failed
-        more = (0, 0, 0) if Status(facts["state"]).final else self._ledger.inflight(id)
-        return done + more[0], failed + more[1], skipped + more[2]
+
+def progress_of(reading: JobReading) -> Progress:
+    """Return the progress of a job from its counters and those of its rounds."""
+    parts = [each.facts for each in reading.parts]
+    facts = parts[0]
+    status = Status(facts["state"])
+    done, failed, skipped = (sum(each) for each in zip(*map(_counts, reading.parts), strict=True))
+    began, ended = int(facts.get("started_ms", 0)), int(facts.get("closed_ms", 0))
+    elapsed_s = max(0.0, ((ended or reading.now_ms) - began) / 1000) if began else 0.0
+    worked, total = done + failed, _summed(parts, "n")
+    rate = worked / elapsed_s if elapsed_s else 0.0
+    left = total - worked - skipped
+    return Progress(
+        status=status,
+        total=total,
+        done=done,
+        failed=failed,
+        skipped=skipped,
+        nodes=_summed(parts, "nodes"),
+        pending=_summed(parts, "pending"),
+        splits=_summed(parts, "splits"),
+        elapsed_s=elapsed_s,
+        rate=rate,
+        eta_s=0.0 if status.final else (left / rate if rate else None),
+        phase=facts["phase"],
+        round=len(parts) - 1,
+        submitted_at=int(facts.get("opened_ms", 0)) / 1000,
+    )
 
 
-def _summed(parts: Sequence[tuple[str, Facts]], name: str) -> int:
-    return sum(int(facts[name]) for _, facts in parts)
+def _counts(counters: JobCounters) -> tuple[int, int, int]:
+    """Return done, failed and skipped of a job or a round, including its running nodes."""
+    facts = counters.facts
+    done, failed, skipped = (int(facts[name]) for name in ("done", "failed", "skipped"))
+    if facts["phase"] == "validate":
+        done = int(facts["validated"]) - failed
+    more = (0, 0, 0) if Status(facts["state"]).final else counters.inflight
+    return done + more[0], failed + more[1], skipped + more[2]
+
+
+def _summed(parts: Sequence[Facts], name: str) -> int:
+    return sum(int(facts[name]) for facts in parts)

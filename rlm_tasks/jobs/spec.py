@@ -109,6 +109,14 @@ UNREADABLE = "(cannot be read)"
 """The operation of a job whose specification cannot be read, in lists of jobs."""
 
 
+def operation_of(text: bytes | None) -> str:
+    """Return the operation in a specification's JSON; `UNREADABLE` when it cannot be read."""
+    try:
+        return load(text or b"").operation
+    except JobUnreadable:
+        return UNREADABLE
+
+
 def unreadable(error: JobUnreadable, facts: Mapping[str, str]) -> JobSpec:
     """Return a specification that stands for one that cannot be read, with what the ledger knows.
 

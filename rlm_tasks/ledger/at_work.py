@@ -13,6 +13,7 @@ from typing import Any
 
 import redis
 
+from resilience.connections import answers_of
 from resilience.keys import JobKeys
 from resilience.validation import readable
 from rlm_tasks.ledger.reader import REASON, LedgerReader
@@ -71,7 +72,7 @@ def jobs_at_work(ledger: LedgerReader, limit: int) -> list[JobNodes]:
         for each in map(ledger.keys.of, jobs):
             pipe.hmget(each.job, "queue", "state", "parked")
             _count(pipe, each)
-        return pipe.execute(raise_on_error=False)
+        return answers_of(pipe)
 
     found = ledger.call(read) if jobs else []
     every = zip(jobs, found[::3], found[1::3], found[2::3], strict=True)

@@ -90,15 +90,7 @@ class LedgerReader:
 
         Raises JobUnreadable when a field is missing, or is no number.
         """
-        found = self._hash(self.keys.of(job).job)
-        facts = {
-            name.decode(errors="replace"): value.decode(errors="replace")
-            for name, value in found.items()
-        }
-        if facts:
-            with reading(job, "the record"):
-                _check(facts)
-        return facts
+        return facts_of(job, self._hash(self.keys.of(job).job))
 
     def spec(self, job: str) -> JobSpec | None:
         """Return the specification of a job, None for an unknown one.  Raises JobUnreadable."""
@@ -126,10 +118,7 @@ class LedgerReader:
 
     def inflight(self, job: str) -> tuple[int, int, int]:
         """Return the items done, failed and skipped so far by nodes that still run."""
-        values = self._values(self.keys.of(job).inflight)
-        counts = readable(f"the progress of a node of job {job}", values, _progress)
-        done, failed, skipped = map(sum, zip((0, 0, 0), *counts, strict=True))
-        return done, failed, skipped
+        return inflight_of(job, self._values(self.keys.of(job).inflight))
 
     def failed_items(self, job: str) -> list[int]:
         """Return the index of every failed item, in order."""
@@ -226,6 +215,25 @@ class LedgerReader:
             if len(page) < MEMBERS_AT_ONCE:
                 return found
             after = f"({page[-1].partition(b':')[0].decode()}"
+
+
+def facts_of(job: str, found: Mapping[bytes, bytes]) -> dict[str, str]:
+    """Return the facts of a job from its hash in Redis.  Raises JobUnreadable."""
+    facts = {
+        name.decode(errors="replace"): value.decode(errors="replace")
+        for name, value in found.items()
+    }
+    if facts:
+        with reading(job, "the record"):
+            _check(facts)
+    return facts
+
+
+def inflight_of(job: str, values: Sequence[bytes]) -> tuple[int, int, int]:
+    """Return the items done, failed and skipped by running nodes, from their hash in Redis."""
+    counts = readable(f"the progress of a node of job {job}", values, _progress)
+    done, failed, skipped = map(sum, zip((0, 0, 0), *counts, strict=True))
+    return done, failed, skipped
 
 
 def ranges_of(members: Sequence[bytes]) -> IndexRanges:
