@@ -17,11 +17,11 @@ from resilience.validation import tell_unreadable
 from rlm_tasks.client.job_reader import progress_of
 from rlm_tasks.errors import MOST_LISTED, InvalidRequest, JobNotFound, JobUnreadable
 from rlm_tasks.jobs import spec as specs
-from rlm_tasks.jobs.ages import ago
 from rlm_tasks.jobs.spec import JobSpec
 from rlm_tasks.ledger.job_counters import JobReading, read_counters
 from rlm_tasks.ledger.ledger import Ledger
 from rlm_tasks.results import Progress, Status
+from rlm_tasks.words import age
 
 SHORT_ID = 8
 """Lists show this many characters of an id."""
@@ -57,7 +57,7 @@ def _several(ledger: Ledger, found: Sequence[str]) -> str:
     size = _distinct(found)
     now = ledger.clock()
     described = [
-        f"{spec.job[:size]} ({spec.operation}, {ago(at.submitted_at, now)})"
+        f"{spec.job[:size]} ({spec.operation}, {age(now - at.submitted_at)})"
         for spec, at in listed(ledger, shown)
     ]
     more = f" and {len(found) - len(shown)} more" if len(found) > len(shown) else ""

@@ -213,7 +213,7 @@ def test_an_ambiguous_beginning_lists_the_jobs(
         client.job("abcd")
     text = str(refused.value)
     assert text.startswith("job='abcd': 4 jobs have ids that begin so: ")
-    assert "(sum, 1 d ago); give more characters" in text
+    assert "(sum, 26 h ago); give more characters" in text
     assert text.count("(echo, ") == 3
     shown = [each.partition(" (")[0] for each in text.split("begin so: ")[1].split(", ")[::2]]
     assert {client.job(each).id for each in shown} == set(ids)
