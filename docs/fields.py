@@ -42,6 +42,7 @@ class Fields(griffe.Extension):
             parameters = [_parameter(each) for each in fields if each.annotation is not None]
             sections.append(griffe.DocstringSectionParameters(parameters))
             cls.bases = []  # pydantic's base class does not help to fill in the fields
+            cls.members.pop("__init__", None)  # the same fields, for type checkers
         elif _is_record(cls) and any(map(_comment, fields)):
             sections.append(
                 griffe.DocstringSectionAttributes([_attribute(each) for each in fields])
@@ -75,16 +76,9 @@ def _is_record(cls: griffe.Class) -> bool:
 def _parameter(field: griffe.Attribute) -> griffe.DocstringParameter:
     default, declared = field.value, _declaration(field)
     if declared is not None:
-        factory = next(
-            (each.value for each in declared.keywords if each.arg == "default_factory"), None
-        )
-        default = (
-            ast.unparse(declared.args[0])
-            if declared.args
-            else f"{ast.unparse(factory)}()"
-            if factory is not None
-            else None
-        )
+        given = {each.arg: ast.unparse(each.value) for each in declared.keywords}
+        factory = given.get("default_factory")
+        default = given.get("default", None if factory is None else f"{factory}()")
     return griffe.DocstringParameter(
         field.name, annotation=field.annotation, description=_about(field), value=default
     )

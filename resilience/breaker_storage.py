@@ -49,29 +49,33 @@ class BreakerConfig(Seconds):
     Names and defaults are those of other orchestrators.
     """
 
-    failure_threshold: int = Field(5, ge=1, description="Failures in a row that open it.")
+    failure_threshold: int = Field(default=5, ge=1, description="Failures in a row that open it.")
     recovery_timeout_s: float = Field(
-        60.0, gt=0, description="Time for which it stays open before probes pass."
+        default=60.0, gt=0, description="Time for which it stays open before probes pass."
     )
     half_open_max_calls: int = Field(
-        3, ge=1, description="Probes in flight at once, over all workers."
+        default=3, ge=1, description="Probes in flight at once, over all workers."
     )
     half_open_timeout_s: float = Field(
-        30.0, gt=0, description="Lease of a probe; after it the place of the probe is free."
+        default=30.0, gt=0, description="Lease of a probe; after it the place of the probe is free."
     )
-    success_threshold: int = Field(3, ge=1, description="Successful probes that close it.")
+    success_threshold: int = Field(default=3, ge=1, description="Successful probes that close it.")
     memory_threshold_mb: float | None = Field(
-        None, gt=0, description="Open in a process whose resident memory is larger; None: never."
+        default=None,
+        gt=0,
+        description="Open in a process whose resident memory is larger; None: never.",
     )
     failure_rate: float | None = Field(
-        None,
+        default=None,
         gt=0,
         le=1,
         description="Share of failed calls that opens it as well; None: no such rule.",
     )
-    window_s: float = Field(30.0, gt=0, description="Window of time for the failure rate.")
+    window_s: float = Field(default=30.0, gt=0, description="Window of time for the failure rate.")
     min_calls: int = Field(
-        20, ge=1, description="Number of calls in the window from which the failure rate counts."
+        default=20,
+        ge=1,
+        description="Number of calls in the window from which the failure rate counts.",
     )
 
     @model_validator(mode="before")

@@ -73,21 +73,21 @@ class FaultLogSettings(Seconds):
     """The number of patterns kept, the time, and the rate above which one is escalated."""
 
     size: int = Field(
-        50,
+        default=50,
         ge=0,
         description="Number of patterns kept; the one seen longest ago is dropped first. "
         "0: nothing is counted.",
     )
     window_s: float = Field(
-        60, ge=1, description="Length of the fixed windows in which faults are counted."
+        default=60, ge=1, description="Length of the fixed windows in which faults are counted."
     )
     rate: int = Field(
-        10,
+        default=10,
         ge=1,
         description="A pattern seen more often in one window is escalated by one severity.",
     )
     keep_s: float = Field(
-        7 * 86400, ge=1, description="A pattern not seen for this time is dropped."
+        default=7 * 86400, ge=1, description="A pattern not seen for this time is dropped."
     )
 
 

@@ -56,30 +56,34 @@ class RetryPolicy(Seconds):
     Names and defaults are those of other orchestrators.
     """
 
-    max_attempts: int = Field(5, ge=1, description="Number of calls in all, with the first one.")
-    initial_delay_s: float = Field(1.0, ge=0, description="Longest wait before the first retry.")
+    max_attempts: int = Field(
+        default=5, ge=1, description="Number of calls in all, with the first one."
+    )
+    initial_delay_s: float = Field(
+        default=1.0, ge=0, description="Longest wait before the first retry."
+    )
     backoff_multiplier: float = Field(
-        2.0, ge=1, le=1000, description="Factor from one longest wait to the next."
+        default=2.0, ge=1, le=1000, description="Factor from one longest wait to the next."
     )
     max_delay_s: float = Field(
-        30.0, ge=0, description="Longest wait; only a service may ask for a longer one."
+        default=30.0, ge=0, description="Longest wait; only a service may ask for a longer one."
     )
     deadline_s: float | None = Field(
-        None, gt=0, description="Time from the first attempt after which no retry starts."
+        default=None, gt=0, description="Time from the first attempt after which no retry starts."
     )
     max_refused_s: float = Field(
-        300.0,
+        default=300.0,
         gt=0,
         description="Longest time of refusals in a row (429, an empty bucket), which cost no "
         "attempt.",
     )
     retryable_errors: tuple[str, ...] = Field(
-        ("TIMEOUT", "RATE_LIMITED", "SERVICE_UNAVAILABLE"),
+        default=("TIMEOUT", "RATE_LIMITED", "SERVICE_UNAVAILABLE"),
         description="Codes of faults that are retried. With CIRCUIT_OPEN or BULKHEAD_FULL among "
         "them, a call waits until its guard admits it.",
     )
     retry_on: tuple[type[BaseException], ...] = Field(
-        (), description="Exceptions that are always retried, whatever their fault."
+        default=(), description="Exceptions that are always retried, whatever their fault."
     )
 
     @model_validator(mode="before")

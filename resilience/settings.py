@@ -34,16 +34,17 @@ class BreakerSettings(BaseModel, frozen=True, extra="forbid", allow_inf_nan=Fals
     """Settings of all breakers."""
 
     enabled: bool = Field(
-        True, description="Off: breakers let every call pass. Also `CIRCUIT_BREAKER_ENABLED`."
+        default=True,
+        description="Off: breakers let every call pass. Also `CIRCUIT_BREAKER_ENABLED`.",
     )
     failure_threshold: int | None = Field(
-        None,
+        default=None,
         ge=1,
         description="Failures in a row that open a breaker, if no preset or configuration is "
         "given. Also `CIRCUIT_BREAKER_FAILURE_THRESHOLD`.",
     )
     recovery_timeout_s: float | None = Field(
-        None,
+        default=None,
         gt=0,
         description="Time until an open breaker lets probes pass, if no preset or configuration "
         "is given; empty: 60 s.",
@@ -64,22 +65,22 @@ class StoreSettings(BaseSettings):
     )
 
     redis_url: str = Field(
-        "redis://localhost:6379/0",
+        default="redis://localhost:6379/0",
         description="Redis of the ledger and of the state that all workers share. `rediss://` "
         "uses TLS, `sentinel://` asks sentinels for the primary (docs/transports.md).",
     )
     sentinel_master: str = Field(
-        "",
+        default="",
         validate_default=True,
         description="Name of the primary that the sentinels of a `sentinel://` URL watch.",
     )
     sentinel_password: str = Field(
-        "",
+        default="",
         repr=False,
         description="Password of the sentinels; the password of Redis is in the URL.",
     )
     namespace: str = Field(
-        "rlm",
+        default="rlm",
         pattern=r"^[A-Za-z0-9_-]+$",
         description="Prefix of every key and queue; platforms with different prefixes share "
         "nothing.",
@@ -109,13 +110,13 @@ class StoreSettings(BaseSettings):
         return Address(self.redis_url, self.sentinel_master, self.sentinel_password)
 
     guard_timeout_s: float = Field(
-        0.1,
+        default=0.1,
         gt=0,
         description="A call of a breaker waits this long for Redis. A breaker without an answer "
         "goes on with the state that it knows, for `RLM_LIMIT_TIMEOUT_S`.",
     )
     limit_timeout_s: float = Field(
-        2.0,
+        default=2.0,
         gt=0,
         description="A bucket, budget, bulkhead or probe waits this long for Redis, then decides "
         "without it. A lost connection is no wait.",

@@ -52,36 +52,42 @@ _READ = Script.load("resilience", "timing_read")
 class TimeoutSettings(Seconds):
     """The base limits by complexity, and the bounds within which samples may change a limit."""
 
-    simple_s: float = Field(300, gt=0, description="Base limit of a simple item.")
-    medium_s: float = Field(900, gt=0, description="Base limit of an item of medium complexity.")
-    complex_s: float = Field(2700, gt=0, description="Base limit of a complex item.")
+    simple_s: float = Field(default=300, gt=0, description="Base limit of a simple item.")
+    medium_s: float = Field(
+        default=900, gt=0, description="Base limit of an item of medium complexity."
+    )
+    complex_s: float = Field(default=2700, gt=0, description="Base limit of a complex item.")
     very_complex_s: float = Field(
-        7200,
+        default=7200,
         gt=0,
         description="Base limit of an item that is very complex, or of unknown complexity.",
     )
-    cap_s: float = Field(10_800, gt=0, description="The longest limit, whatever the samples say.")
+    cap_s: float = Field(
+        default=10_800, gt=0, description="The longest limit, whatever the samples say."
+    )
     factor: float = Field(
-        1.5, gt=0, description="Factor from the 99th percentile of the samples to the limit."
+        default=1.5,
+        gt=0,
+        description="Factor from the 99th percentile of the samples to the limit.",
     )
     retry_penalty: float = Field(
-        1.5,
+        default=1.5,
         ge=1,
         le=10,
         description="Factor by which each retry multiplies the limit of the try before.",
     )
     floor: float = Field(
-        0.25,
+        default=0.25,
         gt=0,
         description="Smallest share of the base to which samples may shorten the limit.",
     )
     least_s: float = Field(
-        300,
+        default=300,
         gt=0,
         description="Samples shorten a limit to this at the least, unless its base is shorter.",
     )
     min_samples: int = Field(
-        50, gt=0, description="With fewer samples of an operation, the base table is used."
+        default=50, gt=0, description="With fewer samples of an operation, the base table is used."
     )
 
     def base_s(self, complexity: str) -> float:

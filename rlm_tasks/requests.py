@@ -10,10 +10,10 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from enum import StrEnum
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Required, Self, TypedDict, Unpack
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic.alias_generators import to_snake
@@ -56,39 +56,41 @@ class Binary(_Checked):
     """Halve a range until its parts are small."""
 
     min_chunk_size: int | None = Field(
-        None,
+        default=None,
         ge=1,
         le=MOST_ITEMS,
         description="Items of the smallest part; if set, the tree is cut as planned.",
     )
-    max_depth: int = Field(10, ge=1, le=64, description="Most levels of the tree.")
+    max_depth: int = Field(default=10, ge=1, le=64, description="Most levels of the tree.")
 
 
 class NWay(_Checked):
     """Cut a range into `split_factor` parts, and each part again."""
 
-    split_factor: int = Field(8, ge=2, le=1000, description="Parts of one cut.")
+    split_factor: int = Field(default=8, ge=2, le=1000, description="Parts of one cut.")
     min_chunk_size: int | None = Field(
-        None,
+        default=None,
         ge=1,
         le=MOST_ITEMS,
         description="Items of the smallest part; if set, the tree is cut as planned.",
     )
-    max_depth: int = Field(10, ge=1, le=64, description="Most levels of the tree.")
+    max_depth: int = Field(default=10, ge=1, le=64, description="Most levels of the tree.")
 
 
 class Adaptive(_Checked):
     """Fan out for the live slots, then cut where a free slot wants work."""
 
-    min_chunk_size: int = Field(1, ge=1, le=MOST_ITEMS, description="Items of the smallest part.")
+    min_chunk_size: int = Field(
+        default=1, ge=1, le=MOST_ITEMS, description="Items of the smallest part."
+    )
     max_chunk_size: int | None = Field(
-        None, ge=1, le=MOST_ITEMS, description="Items of the largest node."
+        default=None, ge=1, le=MOST_ITEMS, description="Items of the largest node."
     )
     target_execution_time_ms: float | None = Field(
-        None, gt=0, description="A node hands over its rest after this running time."
+        default=None, gt=0, description="A node hands over its rest after this running time."
     )
-    max_depth: int = Field(10, ge=1, le=64, description="Most levels of the tree.")
-    branching_factor: int = Field(4, ge=2, le=1000, description="Most children of one cut.")
+    max_depth: int = Field(default=10, ge=1, le=64, description="Most levels of the tree.")
+    branching_factor: int = Field(default=4, ge=2, le=1000, description="Most children of one cut.")
 
     @model_validator(mode="after")
     def _sizes_agree(self) -> Self:
@@ -109,8 +111,8 @@ class TraceContext(_Checked):
     """The trace that a job is part of; leading zeros of its ids may be left out."""
 
     trace_id: str = Field(description="1 to 32 hex digits.")
-    parent_span_id: str = Field("", description="The parent span of the job; empty: none.")
-    sampled: bool = Field(True, description="Whether its spans are kept.")
+    parent_span_id: str = Field(default="", description="The parent span of the job; empty: none.")
+    sampled: bool = Field(default=True, description="Whether its spans are kept.")
 
     @field_validator("trace_id", "parent_span_id")
     @classmethod
@@ -137,38 +139,71 @@ LONGEST_QUEUE_TIMEOUT_S = 30 * 86_400
 """An open job is kept for this long without a worker."""
 
 
+class _OptionFields(TypedDict, total=False):
+    priority: Priority | Literal["critical", "high", "normal", "low"]
+    timeout_ms: float | None
+    queue_timeout: float | timedelta | Literal["priority"] | None
+    max_depth: int | None
+    continue_on_error: bool
+    error_threshold: float | None
+    preempt_lower_priority: bool | None
+    overload: Literal["refuse", "delay"] | None
+    emit_metrics: Mapping[str, float | str]
+    budget: Budget | Mapping[str, float] | None
+    cache_results: bool
+    cache_ttl_seconds: float
+    idempotency_key: str
+    trace_context: TraceContext | Mapping[str, Any] | str | None
+
+
+class OptionFields(_OptionFields, total=False):
+    """The fields of `Options` with the types that its constructor takes."""
+
+    timeout: float | timedelta
+
+
 class Options(_Checked):
     """How a job runs; independent of its operation and items."""
 
-    priority: Priority = Field(Priority.NORMAL, description="Its urgency, also as a text.")
+    if TYPE_CHECKING:
+
+        def __init__(self, **fields: Unpack[OptionFields]) -> None: ...
+
+    priority: Priority = Field(default=Priority.NORMAL, description="Its urgency, also as a text.")
     timeout_ms: float | None = Field(
-        None,
+        default=None,
         gt=0,
         le=LONGEST_S * 1000,
         description="The job ends as `expired` after this time. Also as `timeout`, in seconds or "
         "as a timedelta.",
     )
     queue_timeout: float | Literal["priority"] | None = Field(
-        None,
+        default=None,
         description="The job ends as `expired` if no worker begins it within these seconds; also a "
         "timedelta. `priority`: 10 s for high, 30 s for normal and 60 s for low jobs.",
     )
     max_depth: int | None = Field(
-        None, ge=1, le=64, description="Most levels of the tree; empty: the strategy's value."
+        default=None,
+        ge=1,
+        le=64,
+        description="Most levels of the tree; empty: the strategy's value.",
     )
     continue_on_error: bool = Field(
-        False, description="Failed items do not end the job; its result lists them."
+        default=False, description="Failed items do not end the job; its result lists them."
     )
     error_threshold: float | None = Field(
-        None, ge=0, le=1, description="The job fails when more than this share of items fails."
+        default=None,
+        ge=0,
+        le=1,
+        description="The job fails when more than this share of items fails.",
     )
     preempt_lower_priority: bool | None = Field(
-        None,
+        default=None,
         description="Running nodes of less urgent jobs yield their slots to this job; empty: only "
         "if it is critical.",
     )
     overload: Literal["refuse", "delay"] | None = Field(
-        None,
+        default=None,
         description="Under overload, refuse the job or let it wait; empty: "
         "RLM_ADMISSION__OVERLOAD.",
     )
@@ -178,19 +213,20 @@ class Options(_Checked):
         "job succeeds.",
     )
     budget: Budget | None = Field(
-        None, description="Limits on calls to models; empty: calls are only counted."
+        default=None, description="Limits on calls to models; empty: calls are only counted."
     )
     cache_results: bool = Field(
-        False, description="Keep answers of models, and use those that other jobs have kept."
+        default=False,
+        description="Keep answers of models, and use those that other jobs have kept.",
     )
     cache_ttl_seconds: float = Field(
-        3600.0, gt=0, le=LONGEST_S, description="How long answers of models are kept."
+        default=3600.0, gt=0, le=LONGEST_S, description="How long answers of models are kept."
     )
     idempotency_key: str = Field(
-        "", max_length=512, description="Two submissions with one key open one job."
+        default="", max_length=512, description="Two submissions with one key open one job."
     )
     trace_context: TraceContext | None = Field(
-        None,
+        default=None,
         description="The trace that the job is part of; also as a `traceparent`. Empty: the trace "
         "of the submitting thread.",
     )
@@ -289,11 +325,17 @@ class Options(_Checked):
 class Budget(_Checked):
     """The most that a job and its rounds may spend in all; an empty field sets no limit."""
 
-    tokens: float | None = Field(None, gt=0, description="Tokens of prompts and answers together.")
-    money: float | None = Field(
-        None, gt=0, description="Money by the prices of `RLM_LLM__MODELS`, in their currency."
+    tokens: float | None = Field(
+        default=None, gt=0, description="Tokens of prompts and answers together."
     )
-    calls: float | None = Field(None, ge=1, description="Calls to providers, repeated ones too.")
+    money: float | None = Field(
+        default=None,
+        gt=0,
+        description="Money by the prices of `RLM_LLM__MODELS`, in their currency.",
+    )
+    calls: float | None = Field(
+        default=None, ge=1, description="Calls to providers, repeated ones too."
+    )
 
     @property
     def limits(self) -> dict[str, float]:
@@ -305,36 +347,103 @@ class Conditions(_Checked):
     """Rules about the items that run."""
 
     skip_if_empty: bool = Field(
-        False,
+        default=False,
         description="Skip items that are None, or an empty text, list, tuple, dict or set, "
         "and a job without items.",
     )
     validate_before_process: bool = Field(
-        False, description="Run the operation's validate on every item first."
+        default=False, description="Run the operation's validate on every item first."
     )
     early_termination_threshold: float | None = Field(
-        None, gt=0, le=1, description="The job ends once this share of items is done."
+        default=None, gt=0, le=1, description="The job ends once this share of items is done."
     )
+
+
+class RegisteredOperation(Protocol):
+    """An object that `@operation` returns; a request accepts it in place of its name."""
+
+    @property
+    def name(self) -> str:
+        """The registered name."""
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        """The function of one item."""
+
+    def submit(self, items: Any, /) -> object:
+        """Open a job of this operation."""
+
+
+class ConditionFields(TypedDict, total=False):
+    """The fields of `Conditions`."""
+
+    skip_if_empty: bool
+    validate_before_process: bool
+    early_termination_threshold: float | None
+
+
+class _JobFields(TypedDict, total=False):
+    type: Literal["sequential", "parallel", "recursive"] | None
+    strategy: Strategy | Literal["binary", "n_way", "adaptive"] | None
+    chunk_size: int | None
+    params: Mapping[str, Any]
+    options: Options | Mapping[str, Any]
+    conditions: Conditions | Mapping[str, Any]
+    description: str
+    complexity: str
+    estimated_duration_s: float
+
+
+class JobFields(_JobFields):
+    """The fields of `JobRequest` with the types that its constructor takes."""
+
+    operation: Required[str | RegisteredOperation]
+    items: Required[Any]
+
+
+class OperationFields(_JobFields, OptionFields, ConditionFields, total=False):
+    """The fields of a request of one operation: all but its operation and its items."""
+
+
+class RequestFields(_JobFields, _OptionFields, ConditionFields, total=False):
+    """The fields of a request, with those of its options and conditions, but no `timeout`.
+
+    `Client.execute` has a `timeout` of its own: the time to wait.
+    """
+
+    operation: str | RegisteredOperation
+    items: Any
+    input: Any
+
+
+class SubmitFields(RequestFields, total=False):
+    """The fields of a request, with those of its options and conditions."""
+
+    timeout: float | timedelta
 
 
 class JobRequest(_Checked):
     """One job: items, an operation, and how it runs."""
+
+    if TYPE_CHECKING:
+
+        def __init__(self, **fields: Unpack[JobFields]) -> None: ...
 
     operation: str = Field(min_length=1, description="The registered name of the operation.")
     items: Any = Field(
         description="A range, `Lines`, `Files`, or any iterable of plain data, which is stored."
     )
     type: Literal["sequential", "parallel", "recursive"] | None = Field(
-        None,
+        default=None,
         description="Empty: `parallel` if there is a chunk size, else `recursive`.",
     )
     strategy: Strategy | None = Field(
-        None,
+        default=None,
         description="`Binary`, `NWay` or `Adaptive`, also by name (`binary`, `n_way`, "
         "`adaptive`); empty: `Binary`.",
     )
     chunk_size: int | None = Field(
-        None, ge=1, le=MOST_ITEMS, description="Items per node of a parallel job."
+        default=None, ge=1, le=MOST_ITEMS, description="Items per node of a parallel job."
     )
     params: dict[str, Any] = Field(
         default_factory=dict, description="Passed to the operation as ctx.params."
@@ -343,15 +452,15 @@ class JobRequest(_Checked):
     conditions: Conditions = Field(
         default_factory=Conditions, description="Rules about the items that run."
     )
-    description: str = Field("", description="A text for people, shown in lists of jobs.")
+    description: str = Field(default="", description="A text for people, shown in lists of jobs.")
     complexity: str = Field(
-        "",
+        default="",
         description="How hard its items are: `simple`, `medium`, `complex` or `very_complex` (also "
         "when empty). `linear` and `quadratic` have the time limit of `very_complex`. See time "
         "limits.",
     )
     estimated_duration_s: float = Field(
-        0.0,
+        default=0.0,
         ge=0,
         le=LONGEST_S,
         description="Expected time of its longest item; twice this time is always allowed. 0: "

@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
 from pydantic import ConfigDict, Field, model_validator
 
@@ -67,34 +67,53 @@ because its items are not shorter.
 """
 
 
+class AllocationFields(TypedDict, total=False):
+    """The fields of `ResourceAllocationPolicy` with the types that its constructor takes."""
+
+    executor_id: str
+    operation: str
+    priority: ExecutorPriority | Literal["critical", "high", "normal", "low"]
+    min_memory_mb: float
+    max_memory_mb: float
+    min_workers: int
+    max_workers: int
+    is_memory_intensive: bool
+
+
 class ResourceAllocationPolicy(Checked):
     """The number of nodes and the memory that one operation may have.  Raises InvalidValue."""
+
+    if TYPE_CHECKING:
+
+        def __init__(self, **fields: Unpack[AllocationFields]) -> None: ...
 
     executor_id: str = Field(
         min_length=1, description="Name of the operation; `operation` is an alias of this field."
     )
     priority: ExecutorPriority = Field(
-        ExecutorPriority.NORMAL,
+        default=ExecutorPriority.NORMAL,
         description="Priority of the operation; `normal` keeps the priority of each job.",
     )
     min_memory_mb: float = Field(
-        256.0,
+        default=256.0,
         gt=0,
         allow_inf_nan=False,
         description="A node starts only on a host with this amount of memory free.",
     )
     max_memory_mb: float = Field(
-        1024.0,
+        default=1024.0,
         gt=0,
         allow_inf_nan=False,
         description="Memory that is counted for each node; a host runs as many as fit.",
     )
     min_workers: int = Field(
-        2, ge=1, description="Nodes at once that the operation keeps under any pressure."
+        default=2, ge=1, description="Nodes at once that the operation keeps under any pressure."
     )
-    max_workers: int = Field(6, ge=1, description="Nodes at once while there is no pressure.")
+    max_workers: int = Field(
+        default=6, ge=1, description="Nodes at once while there is no pressure."
+    )
     is_memory_intensive: bool = Field(
-        False, description="Whether the number of nodes shrinks one level earlier."
+        default=False, description="Whether the number of nodes shrinks one level earlier."
     )
 
     @model_validator(mode="before")
@@ -123,13 +142,17 @@ class ResourceLimits(Checked):
 
     model_config = ConfigDict(frozen=False)
 
-    max_memory_mb: float = Field(4096.0, gt=0, allow_inf_nan=False, description="Memory of a host.")
-    max_cpu_percent: float = Field(85.0, gt=0, le=100, description="CPU that may be busy.")
+    max_memory_mb: float = Field(
+        default=4096.0, gt=0, allow_inf_nan=False, description="Memory of a host."
+    )
+    max_cpu_percent: float = Field(default=85.0, gt=0, le=100, description="CPU that may be busy.")
     max_workers: int = Field(
-        32, ge=1, description="Most nodes of one operation at once, if the operation has no policy."
+        default=32,
+        ge=1,
+        description="Most nodes of one operation at once, if the operation has no policy.",
     )
     min_workers: int = Field(
-        4, ge=1, description="Nodes that such an operation keeps under any pressure."
+        default=4, ge=1, description="Nodes that such an operation keeps under any pressure."
     )
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from celery import Celery
 
@@ -34,7 +34,7 @@ from rlm_tasks.jobs.spec import JobSpec
 from rlm_tasks.ledger.ledger import Ledger
 from rlm_tasks.operations import registry
 from rlm_tasks.operations.protection import retry_policy
-from rlm_tasks.requests import JobRequest, Options
+from rlm_tasks.requests import JobRequest, Options, RequestFields, SubmitFields
 from rlm_tasks.results import JobResult, Progress, QuarantinedItem, Status
 from rlm_tasks.settings.model import Settings
 
@@ -99,7 +99,7 @@ class Client(Platform):
 
     # --- submitting ----------------------------------------------------------------------------
 
-    def plan(self, request: Request | None = None, /, **fields: Any) -> Plan:
+    def plan(self, request: Request | None = None, /, **fields: Unpack[SubmitFields]) -> Plan:
         """Return an estimate of a request under today's limits, at p50 and p90.
 
         It estimates nodes, calls, tokens, money and time.  Takes the arguments of `submit`, opens
@@ -112,9 +112,7 @@ class Client(Platform):
         checked = self._submission.check(given)
         return planning.plan(self.session, given, checked, self._submission.queue_of(given))
 
-    def submit(
-        self, request: Request | None = None, /, *, idempotency_key: str = "", **fields: Any
-    ) -> Job:
+    def submit(self, request: Request | None = None, /, **fields: Unpack[SubmitFields]) -> Job:
         """Open a job and return its handle.
 
         Takes a JobRequest, a plain dict in snake_case or camelCase, or the fields themselves;
@@ -123,11 +121,16 @@ class Client(Platform):
         client or Redis dies between them.  Raises InvalidRequest, Overloaded and QueueFull before
         anything is enqueued, and StoreUnavailable.
         """
-        wanted = _keyed(_parsed(request, fields), idempotency_key)
+        wanted = _parsed(request, fields)
         return Job(self.session, self._submission.open([wanted])[0])
 
     def execute(
-        self, request: Request | None = None, /, *, timeout: float | None = None, **fields: Any
+        self,
+        request: Request | None = None,
+        /,
+        *,
+        timeout: float | None = None,
+        **fields: Unpack[RequestFields],
     ) -> JobResult:
         """Submit and wait: `submit` followed by `Job.result`.
 
@@ -137,7 +140,12 @@ class Client(Platform):
         return self.submit(request, **fields).result(timeout=timeout)
 
     def execute_with_monitoring(
-        self, request: Request | None = None, /, *, timeout: float | None = None, **fields: Any
+        self,
+        request: Request | None = None,
+        /,
+        *,
+        timeout: float | None = None,
+        **fields: Unpack[RequestFields],
     ) -> tuple[JobResult, dict[str, Any]]:
         """Execute, and return the result with its cost: `JobResult.metrics` as a dict.
 
@@ -157,8 +165,7 @@ class Client(Platform):
         policy: RetryPolicy | Mapping[str, Any] | int | None = None,
         *,
         timeout: float | None = None,
-        idempotency_key: str = "",
-        **fields: Any,
+        **fields: Unpack[RequestFields],
     ) -> JobResult:
         """Execute a request, and repeat it if job or items failed with an error worth a retry.
 
@@ -171,7 +178,7 @@ class Client(Platform):
         """
         from resilience.retry import retrying
 
-        wanted = _keyed(_parsed(request, fields), idempotency_key)
+        wanted = _parsed(request, fields)
         if isinstance(wanted.items, Iterator):
             advice = "a retry would find an empty iterator; pass a list, or Lines(...)"
             raise InvalidRequest("items", wanted.items, advice)
@@ -277,19 +284,18 @@ class Client(Platform):
         return Job(self.session, self._submission.open_like(spec, items))
 
 
-def _parsed(request: Request | None, fields: dict[str, Any]) -> JobRequest:
+def _parsed(request: Request | None, fields: Mapping[str, Any]) -> JobRequest:
+    """Return the request of a call; an idempotency key may stand beside a complete request."""
     if request is None:
         return JobRequest.parse(fields)
-    if fields:
-        raise InvalidRequest("fields", sorted(fields), "give a request or fields, not both")
-    return JobRequest.parse(request)
-
-
-def _keyed(request: JobRequest, idempotency_key: str) -> JobRequest:
-    if not idempotency_key:
-        return request
-    options = Options(**{**dict(request.options), "idempotency_key": idempotency_key})
-    return request.model_copy(update={"options": options})
+    key = fields.get("idempotency_key", "")
+    if beside := sorted(fields.keys() - {"idempotency_key"}):
+        raise InvalidRequest("fields", beside, "give a request or fields, not both")
+    parsed = JobRequest.parse(request)
+    if not key:
+        return parsed
+    options = Options(**{**dict(parsed.options), "idempotency_key": key})
+    return parsed.model_copy(update={"options": options})
 
 
 def _attempt(request: JobRequest, failures: int) -> JobRequest:

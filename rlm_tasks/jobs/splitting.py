@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 from pydantic import Field
@@ -300,7 +300,7 @@ def estimate_optimal_chunk_size(
         "estimated_item_processing_time_ms": estimated_item_processing_time_ms,
         "target_parallelism": target_parallelism,
     }
-    fields = {name: value for name, value in given.items() if value is not None}
+    fields: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     first = total_items if isinstance(total_items, Mapping) else {"total_items": total_items}
     work = _ChunkedWork(**{**first, **fields})
     fair = -(-work.total_items // work.target_parallelism)

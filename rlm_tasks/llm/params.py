@@ -28,18 +28,22 @@ class Params(Checked):
     invalid = InvalidRequest
 
     system: str = Field(
-        "", description="The system message before each prompt: text that all items share."
+        default="", description="The system message before each prompt: text that all items share."
     )
     tier: Tier | None = Field(
-        None, description="small, medium or large; empty: the tier of the request's complexity."
+        default=None,
+        description="small, medium or large; empty: the tier of the request's complexity.",
     )
-    max_tokens: int = Field(1024, ge=1, description="Most tokens of one answer.")
+    max_tokens: int = Field(default=1024, ge=1, description="Most tokens of one answer.")
     temperature: float | None = Field(
-        None, ge=0, le=2, description="Temperature of the model; empty: the provider's default."
+        default=None,
+        ge=0,
+        le=2,
+        description="Temperature of the model; empty: the provider's default.",
     )
 
     filtered_answers: Literal["keep", "fail"] = Field(
-        "keep",
+        default="keep",
         description="A text that a filter of the provider cut: `keep` uses it, and the receipt "
         "counts it; `fail` fails the item.",
     )
@@ -83,7 +87,7 @@ class Prompted(Params):
         description="The prompt; `{item}` is replaced by the item, `{name}` by that field of it.",
     )
     output: str = Field(
-        "", description="A pydantic model, or its `module:Name`; each answer must fit it."
+        default="", description="A pydantic model, or its `module:Name`; each answer must fit it."
     )
 
     @field_validator("output", mode="before")
@@ -116,7 +120,7 @@ class Map(Prompted):
     """``llm.map``: a prompt for each item."""
 
     samples: int = Field(
-        1,
+        default=1,
         ge=1,
         le=1000,
         description="Answers to each prompt. Above 1 the output of an item is a list of answers, "
@@ -128,14 +132,14 @@ class MapReduce(Prompted):
     """``llm.map_reduce``: a prompt for each item, then merges until one answer is left."""
 
     merge_prompt: str = Field(
-        "Merge these into one text of the same kind. Keep what matters, say nothing twice, "
+        default="Merge these into one text of the same kind. Keep what matters, say nothing twice, "
         "add nothing.",
         min_length=1,
         description="The prompt of a merge; the answers to merge follow it.",
     )
-    fan_in: int = Field(8, ge=2, le=100, description="Most answers of one merge.")
+    fan_in: int = Field(default=8, ge=2, le=100, description="Most answers of one merge.")
     group_tokens: int = Field(
-        0, ge=0, description="Most tokens of the answers of one merge; 0: as many as fit."
+        default=0, ge=0, description="Most tokens of the answers of one merge; 0: as many as fit."
     )
 
 
@@ -144,10 +148,10 @@ class Ask(Params):
 
     question: str = Field(min_length=1, description="The question, in plain words.")
     group_tokens: int = Field(
-        8000, ge=100, description="Most tokens of the items that a model reads in one call."
+        default=8000, ge=100, description="Most tokens of the items that a model reads in one call."
     )
     max_rounds: int = Field(
-        4, ge=1, le=20, description="Most rounds of reading before the final answer."
+        default=4, ge=1, le=20, description="Most rounds of reading before the final answer."
     )
 
 

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Unpack, overload
 
 from celery.utils.imports import import_from_cwd
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from rlm_tasks.jobs.rounds import Round
     from rlm_tasks.jobs.spec import JobSpec
     from rlm_tasks.operations.ports import CallGuards, Forecast, SubmittedJob
-    from rlm_tasks.requests import JobRequest
+    from rlm_tasks.requests import JobRequest, OperationFields
     from rlm_tasks.settings.model import Settings
     from scheduler.allocation import ResourceAllocationPolicy
 
@@ -112,7 +112,7 @@ class Operation:
         """Return the job's answer for its last partial."""
         return self.finalize(partial) if self.finalize else partial
 
-    def submit(self, items: Any, **fields: Any) -> SubmittedJob:
+    def submit(self, items: Any, **fields: Unpack[OperationFields]) -> SubmittedJob:
         """Open a job of this operation with the default client; `fields` as in `Client.submit`.
 
         ``word_count.submit(lines, priority="high")``.  Raises InvalidRequest, StoreUnavailable.

@@ -20,14 +20,16 @@ TIERS: tuple[Tier, ...] = ("small", "medium", "large")
 class ModelSettings(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     """One model: the size of its context and answers, its prices, the limits of its provider."""
 
-    context_tokens: int = Field(128_000, gt=0)
-    max_output_tokens: int = Field(16_384, gt=0)
-    input_price: float = Field(0.0, ge=0)  # money for a million tokens of a prompt
+    context_tokens: int = Field(default=128_000, gt=0)
+    max_output_tokens: int = Field(default=16_384, gt=0)
+    input_price: float = Field(default=0.0, ge=0)  # money for a million tokens of a prompt
     # money for a million tokens of a prompt that the provider had in its cache; None: input_price
-    cached_price: float | None = Field(None, ge=0)
-    output_price: float = Field(0.0, ge=0)  # money for a million tokens of an answer
-    requests: float | None = Field(None, gt=0)  # in any window; None: `LlmSettings.requests`
-    tokens: float | None = Field(None, gt=0)  # in any window; None: `LlmSettings.tokens`
+    cached_price: float | None = Field(default=None, ge=0)
+    output_price: float = Field(default=0.0, ge=0)  # money for a million tokens of an answer
+    requests: float | None = Field(
+        default=None, gt=0
+    )  # in any window; None: `LlmSettings.requests`
+    tokens: float | None = Field(default=None, gt=0)  # in any window; None: `LlmSettings.tokens`
 
 
 class EndpointSettings(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
@@ -36,15 +38,15 @@ class EndpointSettings(BaseModel, frozen=True, extra="forbid", allow_inf_nan=Fal
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
     base_url: str = ""  # such as https://HOST/v1; empty: the value of OPENAI_BASE_URL
     key_env: str = "OPENAI_API_KEY"  # the variable that holds its key
-    weight: float = Field(1.0, gt=0)  # its share of the calls, where `routing` is weighted
+    weight: float = Field(default=1.0, gt=0)  # its share of the calls, where `routing` is weighted
     models: dict[
         str, str
     ] = {}  # our name of a model -> its name there; empty: all, as we name them
     max_tokens_as: Literal["max_tokens", "max_completion_tokens"] = Field(
-        "max_tokens", description="Reasoning models know only `max_completion_tokens`."
+        default="max_tokens", description="Reasoning models know only `max_completion_tokens`."
     )
     health_path: str = Field(
-        "/models",
+        default="/models",
         description="Path below base_url that health checks ask for; empty: it is not checked.",
     )
     # most calls in flight over all workers; "auto": follows the time of calls; None: no limit
@@ -111,89 +113,100 @@ class LlmSettings(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     """Calls to language models."""
 
     endpoints: tuple[EndpointSettings, ...] = Field(
-        (),
+        default=(),
         description='Providers, as JSON: `[{"name": "main", "base_url": "https://HOST/v1", '
         '"key_env": "MAIN_KEY"}, ...]`; empty: one, from `OPENAI_BASE_URL` and '
         "`OPENAI_API_KEY` (docs/llm.md).",
     )
-    small: str = Field("gpt-4.1-nano", min_length=1, description="Model of the small tier.")
-    medium: str = Field("gpt-4.1-mini", min_length=1, description="Model of the medium tier.")
-    large: str = Field("gpt-4.1", min_length=1, description="Model of the large tier.")
+    small: str = Field(default="gpt-4.1-nano", min_length=1, description="Model of the small tier.")
+    medium: str = Field(
+        default="gpt-4.1-mini", min_length=1, description="Model of the medium tier."
+    )
+    large: str = Field(default="gpt-4.1", min_length=1, description="Model of the large tier.")
     models: dict[str, ModelSettings] = Field(
-        {},
+        default={},
         description='Limits and prices of models, as JSON: name -> `{"context_tokens": 128000, '
         '"max_output_tokens": 16384, "input_price": 0.4, "cached_price": 0.1, '
         '"output_price": 1.6, "requests": 3500, "tokens": 90000}`; '
         "prices are for a million tokens.",
     )
     requests: float = Field(
-        3500.0, gt=0, description="Requests in any window, for each model and key."
+        default=3500.0, gt=0, description="Requests in any window, for each model and key."
     )
     tokens: float = Field(
-        90_000.0, gt=0, description="Tokens in any window, for each model and key."
+        default=90_000.0, gt=0, description="Tokens in any window, for each model and key."
     )
     window_s: float = Field(
-        60.0, gt=0, description="Length of the window that providers count by, in seconds."
+        default=60.0, gt=0, description="Length of the window that providers count by, in seconds."
     )
     bytes_per_s: float = Field(
-        10e6, gt=0, description="Bytes a second to and from each endpoint, over all workers."
+        default=10e6,
+        gt=0,
+        description="Bytes a second to and from each endpoint, over all workers.",
     )
     routing: RoutingAlgorithm = Field(
-        "round_robin",
+        default="round_robin",
         description="How the endpoint of a call is selected among the healthy ones that have its "
         "model.",
     )
-    pool: int = Field(50, gt=0, description="Most calls in flight in one worker process.")
+    pool: int = Field(default=50, gt=0, description="Most calls in flight in one worker process.")
     per_host: int = Field(
-        10, gt=0, description="Most calls in flight from one worker process to one endpoint."
+        default=10,
+        gt=0,
+        description="Most calls in flight from one worker process to one endpoint.",
     )
-    timeout_s: float = Field(60.0, gt=0, description="Time limit of one call.")
+    timeout_s: float = Field(default=60.0, gt=0, description="Time limit of one call.")
     hold_most_s: float = Field(
-        600.0,
+        default=600.0,
         gt=0,
         description="Longest pause after a 429, whatever the provider asks for; then it is asked "
         "again. `rlm limits release` ends a pause at once.",
     )
     idle_s: float = Field(
-        300.0, gt=0, description="A connection without calls is kept open for this long."
+        default=300.0, gt=0, description="A connection without calls is kept open for this long."
     )
     health_every_s: float = Field(
-        30.0, gt=0, description="Interval between two health checks of an endpoint."
+        default=30.0, gt=0, description="Interval between two health checks of an endpoint."
     )
     health_timeout_s: float = Field(
-        5.0,
+        default=5.0,
         gt=0,
         description="A health check fails if the endpoint does not answer within this time.",
     )
     health_strikes: int = Field(
-        3,
+        default=3,
         ge=1,
         description="An endpoint gets no calls after this number of failed checks in a row, until "
         "a check succeeds.",
     )
     memory_warn_mb: float = Field(
-        120.0,
+        default=120.0,
         gt=0,
         description="A process clears its caches when it has grown by this since its first call "
         "to a model.",
     )
     memory_critical_mb: float = Field(
-        140.0,
+        default=140.0,
         gt=0,
         description="A process that has still grown by this after that is replaced at the end of "
         "its node. Memory from before the first call does not count: Celery and the "
         "client of models alone may hold more than that.",
     )
     attempts: int = Field(
-        4, ge=1, description="Attempts at a call that fails; 429 and an open breaker cost none."
+        default=4,
+        ge=1,
+        description="Attempts at a call that fails; 429 and an open breaker cost none.",
     )
     repairs: int = Field(
-        2,
+        default=2,
         ge=0,
         description="How often an answer that does not fit its schema is sent back to be repaired.",
     )
     merge_share: float = Field(
-        0.2, ge=0, lt=1, description="Share of a budget that is kept for the rounds that merge."
+        default=0.2,
+        ge=0,
+        lt=1,
+        description="Share of a budget that is kept for the rounds that merge.",
     )
 
     @model_validator(mode="after")

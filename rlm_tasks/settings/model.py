@@ -35,51 +35,54 @@ class Settings(StoreSettings):
     """The whole configuration of one process."""
 
     broker_url: str = Field(
-        "",
+        default="",
         description="Celery's broker, such as `amqp://USER:PASSWORD@HOST:5672/VHOST`; empty: the "
         "ledger's Redis.",
     )
     result_backend: str = Field(
-        "", description="Celery's result backend, which counts chords; empty: the ledger's Redis."
+        default="",
+        description="Celery's result backend, which counts chords; empty: the ledger's Redis.",
     )
     api_key: SecretStr = Field(
-        SecretStr(""),
+        default=SecretStr(""),
         repr=False,
         description="Key that a request for /metrics or /health on a worker's port must carry "
         "(docs/metrics.md); empty: no key is needed.",
     )
     operations: Annotated[tuple[str, ...], NoDecode] = Field(
-        (),
+        default=(),
         description="Modules with operations, separated by commas; imported by clients and "
         "workers.",
     )
     result_ttl_s: int = Field(
-        7 * 86_400,
+        default=7 * 86_400,
         ge=60,
         description="Results and ledger entries of a job are kept for this long after its end. An "
         "open job is kept in any case.",
     )
     max_result_bytes: int = Field(
-        256 * 2**20,
+        default=256 * 2**20,
         gt=0,
         description="Bytes of the largest output that result() builds in memory, unpacked.",
     )
     max_item_bytes: int = Field(
-        16 * 2**20, gt=0, description="Largest size of one packed item, or of one line of a file."
+        default=16 * 2**20,
+        gt=0,
+        description="Largest size of one packed item, or of one line of a file.",
     )
     max_output_bytes: int = Field(
-        256 * 2**20,
+        default=256 * 2**20,
         gt=0,
         description="Largest size of one packed output, merged partial or answer. Less counts if "
         "Redis takes less (`proto-max-bulk-len`).",
     )
     files_root: str = Field(
-        "",
+        default="",
         description="Folder below which clients and workers may read files that a job names "
         "(`Lines`, `Files`, `code_metrics`); links are followed. Empty: any folder.",
     )
     fault_patterns: int = Field(
-        50,
+        default=50,
         ge=0,
         description="Number of recurring faults that are kept; 0: no faults are kept, and the "
         "success of retries is not counted.",
@@ -90,16 +93,17 @@ class Settings(StoreSettings):
         "they may contain items.",
     )
     slots: int = Field(
-        0,
+        default=0,
         ge=0,
         description="Pool processes of a worker; 0: one for each CPU. Also "
         "`WORKFLOW_MAX_CONCURRENT_ACTIVITIES`.",
     )
     ready_file: str = Field(
-        "", description="A file that a worker touches when it is ready, for probes; empty: none."
+        default="",
+        description="A file that a worker touches when it is ready, for probes; empty: none.",
     )
     log_format: Literal["text", "json"] = Field(
-        "text",
+        default="text",
         description="Format of the logs of workers and beat: `text` for people, `json` for "
         "programs.",
     )

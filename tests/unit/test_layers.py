@@ -231,6 +231,21 @@ def test_every_module_has_a_docstring() -> None:
     ] == []
 
 
+def test_every_default_of_a_field_is_named() -> None:
+    """Type checkers take a field for required when its default is not named."""
+    calls = [
+        (name, node)
+        for name, tree in trees().items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id == "Field"
+    ]
+
+    assert len(calls) > 200
+    assert [f"{name}:{node.lineno}" for name, node in calls if node.args] == []
+
+
 def test_no_message_is_ever_sent_with_an_eta_or_a_countdown() -> None:
     """Delayed nodes wait in Redis: an ETA message would wait in the memory of a worker and die with
     it.

@@ -27,8 +27,16 @@ from rlm_tasks.errors import InvalidRequest
 from rlm_tasks.jobs.splitting import Fork, plan
 from rlm_tasks.metrics import Counter
 from rlm_tasks.operations.registry import operation
+from rlm_tasks.requests import (
+    ConditionFields,
+    JobFields,
+    OperationFields,
+    OptionFields,
+    SubmitFields,
+)
 from rlm_tasks.settings.document import validate
 from rlm_tasks.settings.model import Settings
+from scheduler.allocation import AllocationFields, ResourceAllocationPolicy
 
 
 @pytest.mark.parametrize(
@@ -296,3 +304,28 @@ def test_a_setting_that_is_not_finite_is_refused(
             patch.setenv(name, value)
             [problem] = validate(os.environ)
             assert name in problem
+
+
+# --- types -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "models"),
+    [
+        (OptionFields, [Options]),
+        (ConditionFields, [Conditions]),
+        (JobFields, [JobRequest]),
+        (OperationFields, [JobRequest, Options, Conditions]),
+        (SubmitFields, [JobRequest, Options, Conditions]),
+        (AllocationFields, [ResourceAllocationPolicy]),
+    ],
+)
+def test_type_checkers_are_told_the_fields_that_a_model_has(
+    fields: type, models: list[type[BaseModel]]
+) -> None:
+    other = {"timeout", "operation", "items", "input"}  # aliases, and arguments of their own
+
+    assert (
+        set(fields.__annotations__) - other
+        == {name for model in models for name in model.model_fields} - other
+    )
