@@ -7,7 +7,7 @@ COPY rlm_tasks rlm_tasks
 COPY scheduler scheduler
 COPY resilience resilience
 RUN python -m venv /opt/rlm \
-    && /opt/rlm/bin/pip install --no-cache-dir --disable-pip-version-check -c constraints.txt '.[flower,otel,redbeat]' \
+    && /opt/rlm/bin/pip install --no-cache-dir --disable-pip-version-check -c constraints.txt '.[flower,llm,otel,redbeat]' \
     && /opt/rlm/bin/pip uninstall --yes --quiet setuptools pip
 
 FROM python:3.11-slim

@@ -10,9 +10,13 @@ import json
 import os
 import re
 import shlex
+import subprocess
+import sys
 import tempfile
+import tomllib
 from collections.abc import Iterator
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,8 @@ import yaml
 from celery.bin.celery import celery
 from flower.command import flower
 from flower.options import default_options
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from rlm_tasks.celery import app
 from rlm_tasks.metrics.declared import DECLARED, Histogram
@@ -139,6 +145,111 @@ def test_the_build_context_has_all_files_and_no_secret() -> None:
     assert "*" in sent
     assert copied == {line[1:] for line in sent if line.startswith("!")}
     assert [name for name in copied if not (ROOT / name).exists()] == []
+
+
+# --- the image --------------------------------------------------------------------------------
+
+IMAGE = set(re.findall(r"-c constraints.txt '\.\[([\w,]+)\]'", DOCKERFILE)[0].split(","))
+"""The extras of the image."""
+TRIALS = {"embedded"}
+"""Extras of pages that are for trials on one machine."""
+
+
+@cache
+def owners() -> dict[str, set[str]]:
+    """Return the packages that each module on top belongs to, by their normalised names."""
+    found = metadata.packages_distributions()
+    return {name: {canonicalize_name(each) for each in owned} for name, owned in found.items()}
+
+
+@cache
+def distributions(*wanted: str) -> set[str]:
+    """Return the packages that a set-up installs, by their normalised names."""
+    found, left = set[str](), [Requirement(each) for each in wanted]
+    while left:
+        wish = left.pop()
+        key = f"{canonicalize_name(wish.name)}[{','.join(sorted(wish.extras))}]"
+        if key in found:
+            continue
+        found.add(key)
+        for line in metadata.requires(wish.name) or []:
+            need = Requirement(line)
+            extras = wish.extras or {""}
+            if need.marker is None or any(need.marker.evaluate({"extra": one}) for one in extras):
+                left.append(need)
+    return {key.partition("[")[0] for key in found}
+
+
+def modules_of(extra: str) -> set[str]:
+    """Return the modules that an extra adds to the platform's own requirements."""
+    added = distributions(f"rlm-tasks[{extra}]") - distributions("rlm-tasks")
+    return {module for module, packages in owners().items() if packages <= added}
+
+
+def test_the_image_has_each_extra_that_a_running_platform_imports() -> None:
+    """The folder `testing` and the demo are for trials; they are all that imports the server."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    imported = {
+        module.partition(".")[0]
+        for file in (ROOT / "rlm_tasks").rglob("*.py")
+        if "testing" not in file.parts and file.name != "demo.py"
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        for module in named_by(node)
+    }
+
+    extras = project["optional-dependencies"].keys() - {"dev", *TRIALS}
+    assert {extra for extra in extras if modules_of(extra) & imported} == IMAGE
+
+
+def named_by(node: ast.AST) -> list[str]:
+    """Return the modules that a statement imports, or looks for by name."""
+    match node:
+        case ast.Import(names=names):
+            return [each.name for each in names]
+        case ast.ImportFrom(module=str(module)):
+            return [module]
+        case ast.Call(func=ast.Attribute(attr="find_spec"), args=[ast.Constant(value=str(name))]):
+            return [name]
+        case ast.Call(func=ast.Name(id="find_spec"), args=[ast.Constant(value=str(name))]):
+            return [name]
+    return []
+
+
+def test_the_image_has_the_extras_of_every_page() -> None:
+    named = {
+        extra
+        for text in PAGES.values()
+        for extras in re.findall(r"(?:rlm-tasks|'\.)\[([\w,]+)\]", text)
+        for extra in extras.split(",")
+    }
+    (sentence,) = re.findall(r"^The image has the extras (.*)\.$", PAGE, re.MULTILINE)
+
+    assert named - TRIALS == IMAGE
+    assert set(re.findall(r"`(\w+)`", sentence)) == IMAGE
+
+
+def test_a_worker_of_the_image_knows_the_operations_of_the_pages() -> None:
+    """Only packages of the image can be imported."""
+    installed = distributions(f"rlm-tasks[{','.join(IMAGE)}]") | {"rlm-tasks"}
+    absent = sorted(module for module, packages in owners().items() if not packages & installed)
+    program = (
+        f"import sys; sys.modules.update(dict.fromkeys({absent!r}))\n"
+        "from rlm_tasks.operations import registry\n"
+        "registry.import_operations(())\n"
+        "import rlm_tasks.celery, rlm_tasks.worker.bootsteps, rlm_tasks.telemetry.tracing\n"
+        "import flower, redbeat, opentelemetry.sdk\n"
+        "print(*registry.names())"
+    )
+    known = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    ).stdout.split()
+    promised = {
+        name for text in PAGES.values() for name in re.findall(r"`(llm\.[a-z_]+)`", text)
+    } - {"llm.md"}
+
+    assert {"openai", "opentelemetry"}.isdisjoint(absent)
+    assert len(promised) >= 3
+    assert promised <= set(known)
 
 
 # --- commands ---------------------------------------------------------------------------------
