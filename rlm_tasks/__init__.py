@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from rlm_tasks.compat.resource_manager import reset_circuit_breakers as reset_circuit_breakers
     from rlm_tasks.compat.resource_manager import wrap_method_executor as wrap_method_executor
     from rlm_tasks.errors import InvalidRequest as InvalidRequest
+    from rlm_tasks.errors import ItemError as ItemError
     from rlm_tasks.errors import ItemsUnreadable as ItemsUnreadable
     from rlm_tasks.errors import JobCancelled as JobCancelled
     from rlm_tasks.errors import JobExpired as JobExpired
@@ -84,8 +85,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "rlm_tasks.celery": "app",
     "rlm_tasks.client.client": "Client",
-    "rlm_tasks.errors": "InvalidRequest ItemsUnreadable JobCancelled JobExpired JobFailed "
-    "JobNotFound Overloaded QueueFull ResultTimeout ResultTooLarge RlmError StoreFull "
+    "rlm_tasks.errors": "InvalidRequest ItemError ItemsUnreadable JobCancelled JobExpired "
+    "JobFailed JobNotFound Overloaded QueueFull ResultTimeout ResultTooLarge RlmError StoreFull "
     "StoreReadOnly StoreUnauthorised StoreUnavailable UnknownOperation",
     "rlm_tasks.installation": "install",
     "rlm_tasks.client.job": "Job",

@@ -15,6 +15,7 @@ RlmError
 │   ├── JobFailed
 │   ├── JobExpired
 │   └── JobCancelled
+├── ItemError               the failure of an item, merge or round: the cause of a JobEnded
 ├── ItemsUnreadable         items whose file or stored block has changed, or is gone
 ├── Quarantined             an item, or a merge, that kills its process every time
 ├── Overloaded              refused for now, because of its priority; has `retry_after_s`
@@ -46,13 +47,14 @@ from resilience.store import masked
 from scheduler.admission import Overloaded, QueueFull
 
 if TYPE_CHECKING:
-    from rlm_tasks.results import JobResult
+    from rlm_tasks.results import ItemFailure, JobResult
 
 __all__ = [
     "BrokerUnavailable",
     "FileOutsideRoot",
     "InvalidRequest",
     "InvalidSettings",
+    "ItemError",
     "ItemsUnreadable",
     "JobCancelled",
     "JobEnded",
@@ -199,15 +201,19 @@ class JobUnreadable(RlmError):
 class JobEnded(RlmError):
     """A job that ended without its full answer.
 
-    Its `result` has the counts; `failures` is the result's list `failed`.
+    Its `result` has the counts; `failures` is the result's list `failed`.  Its `__cause__` is the
+    first failure as an ItemError, or the error of its merge.  Its text has the message of that
+    failure, which may contain an item; `outline` is the same text without the message.
     """
 
     code = "JOB_ENDED"
 
-    def __init__(self, result: JobResult, why: str) -> None:
+    def __init__(self, result: JobResult, why: str, outline: str = "") -> None:
+        """`why` and `outline` follow the id of the job: "failed at item 7: ..."."""
         self.result = result
         self.failures = result.failed
-        super().__init__(f"job {result.job_id} {result.status}: {why}")
+        self.outline = f"job {result.job_id} {outline or result.status}"
+        super().__init__(f"job {result.job_id} {why}")
 
 
 class JobFailed(JobEnded):
@@ -219,8 +225,8 @@ class JobFailed(JobEnded):
 
     code = "JOB_FAILED"
 
-    def __init__(self, result: JobResult, why: str) -> None:
-        super().__init__(result, why)
+    def __init__(self, result: JobResult, why: str, outline: str = "") -> None:
+        super().__init__(result, why, outline)
         causes = [*result.failed, *([result.error] if result.error is not None else [])]
         self.trips = any(shows_outage(each.code) for each in causes)
 
@@ -237,6 +243,25 @@ class JobCancelled(JobEnded):
     """The job was cancelled or revoked."""
 
     code = "JOB_CANCELLED"
+
+
+class ItemError(RlmError):
+    """The failure of an item, a merge or a round in a worker: the cause of a JobEnded.
+
+    The class of the original exception is not rebuilt here.  Has its name as `type`, its `message`
+    and its `traceback` as text, the `code` of the failure, the `index` of the item (-1: a merge)
+    and its place in the input, `where`.
+    """
+
+    code = "ITEM_FAILED"
+
+    def __init__(self, failure: ItemFailure) -> None:
+        self.type, self.message = failure.type, failure.message
+        self.index, self.where = failure.index, failure.where
+        self.code, self.traceback = failure.code, failure.traceback
+        super().__init__(f"{self.type}: {self.message}" if self.message else self.type)
+        if self.traceback:
+            self.add_note(f"Traceback in the worker (most recent call last):\n{self.traceback}")
 
 
 class ItemsUnreadable(RlmError):

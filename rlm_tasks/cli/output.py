@@ -28,7 +28,7 @@ class Polite(click.Group):
     """A group that prints our errors as one line and sets the exit code.
 
     2: invalid input.  69: Redis or the broker does not answer.  1: other errors, such as a failed
-    job.
+    job.  The message of an item's failure is shown only with RLM_SHOW_MESSAGES.
     """
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -38,7 +38,9 @@ class Polite(click.Group):
         try:
             return super().invoke(ctx)
         except RlmError as error:
-            click.secho(f"Error: {printable(error)}", fg="red", err=True)
+            outline = getattr(error, "outline", "")  # a failed job has one
+            shown = outline if outline and not shows_messages(ctx) else error
+            click.secho(f"Error: {printable(shown)}", fg="red", err=True)
             code = EX_USAGE if isinstance(error, InvalidValue) else EX_FAILED
             ctx.exit(EX_UNAVAILABLE if isinstance(error, StoreUnavailable) else code)
 
@@ -52,6 +54,11 @@ def client_of(ctx: click.Context) -> Client:
 
     app = getattr(ctx.obj, "app", None)
     return Client(app if hasattr(app, "rlm_settings") else None)
+
+
+def shows_messages(ctx: click.Context) -> bool:
+    """Whether commands show messages of failures, which may contain items."""
+    return client_of(ctx).settings.show_messages
 
 
 def say(text: str, **options: Any) -> None:

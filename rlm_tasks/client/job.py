@@ -16,6 +16,7 @@ from rlm_tasks.client.job_waiter import JobWaiter
 from rlm_tasks.client.submission import Submission
 from rlm_tasks.errors import (
     InvalidRequest,
+    ItemError,
     ItemsUnreadable,
     JobNotFound,
     ResultTimeout,
@@ -23,9 +24,10 @@ from rlm_tasks.errors import (
     RlmError,
 )
 from rlm_tasks.jobs import codec
-from rlm_tasks.jobs.endings import ENDINGS, sentence
+from rlm_tasks.jobs.endings import ENDINGS, Blamed, how_it_ended
 from rlm_tasks.jobs.file_roots import FilesRoot
 from rlm_tasks.jobs.index_ranges import IndexRanges
+from rlm_tasks.jobs.rounds import ROUND_FAILED
 from rlm_tasks.jobs.stored_items import LineSource, Unreadable
 from rlm_tasks.jobs.text_files import TextFile
 from rlm_tasks.ledger.partials import flattened, partials
@@ -73,8 +75,9 @@ class Job(JobWaiter):
         `timeout` is in seconds; None waits for ever.  During it the method waits through outages of
         Redis.  Raises JobNotFound, and ResultTooLarge when the output exceeds RLM_MAX_RESULT_BYTES.
 
-        A job without a full answer raises JobFailed, JobExpired or JobCancelled, and a job that has
-        not ended in time raises ResultTimeout.  With ``propagate=False``, Celery's word, the method
+        A job without a full answer raises JobFailed, JobExpired or JobCancelled, whose `__cause__`
+        is the first failure as an ItemError; a job that has not ended in time raises ResultTimeout.
+        With ``propagate=False``, Celery's word, the method
         returns the result of such a job instead: `status`, counts and `failed` as they are then.
         """
         try:
@@ -91,7 +94,9 @@ class Job(JobWaiter):
                 raise
             return self._result(facts, status, None, _failure_of(too_large))
         if propagate and (error := ENDINGS[status].error) is not None:
-            raise error(result, result.error.message if result.error else sentence(facts))
+            blamed = _blamed(self, result)
+            texts = (how_it_ended(facts, blamed, message=shown) for shown in (True, False))
+            raise error(result, *texts) from (ItemError(blamed.failure) if blamed else None)
         return result
 
     def get(self, timeout: float | None = None) -> Any:
@@ -335,6 +340,19 @@ def _error_of(facts: Facts) -> ItemFailure | None:
         traceback=error.get("traceback", ""),
         code=error.get("code", ""),
     )
+
+
+def _blamed(job: Job, result: JobResult) -> Blamed | None:
+    """Return the failure that ended a job, else its first one; None when nothing has failed."""
+    counts, error = (result.failed_count, result.total), result.error
+    if error is None:
+        return Blamed(result.failed[0], *counts) if result.failed else None
+    rounds = job.rounds() if error.code == ROUND_FAILED else []
+    if not rounds:
+        return Blamed(error, *counts)
+    last = rounds[-1].result(0, propagate=False)
+    failure = last.error or next(iter(last.failed), error)
+    return Blamed(failure, last.failed_count, last.total, len(rounds))
 
 
 def _failure_of(error: RlmError) -> ItemFailure:

@@ -19,7 +19,7 @@ from rlm_tasks.engine.shared_page import Step, Steps
 from rlm_tasks.jobs import codec
 from rlm_tasks.jobs.file_roots import FilesRoot
 from rlm_tasks.jobs.items import source_of
-from rlm_tasks.jobs.rounds import NextRound, Round
+from rlm_tasks.jobs.rounds import ROUND_FAILED, NextRound, Round
 from rlm_tasks.jobs.spec import JobSpec
 from rlm_tasks.jobs.splitting import Shape
 from rlm_tasks.jobs.stored_items import ItemWriter
@@ -50,7 +50,7 @@ class RoundFailed(RlmError):
     Has the round's `job_id` and final `status`, and the status that its job `ends_as`.
     """
 
-    code = "ROUND_FAILED"
+    code = ROUND_FAILED
 
     def __init__(self, number: int, job_id: str, status: Status, why: str) -> None:
         self.job_id, self.status = job_id, status

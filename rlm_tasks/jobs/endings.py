@@ -1,7 +1,8 @@
 """How a job ended, in words: one row per final status, read by all that show or raise it.
 
-`ledger.explain` takes the sentence from here, `Job.result` the error, `Job.state` Celery's name,
-and Flower the colour.  A new final status needs a row in `ENDINGS`; a new cause, one in `CAUSES`.
+`ledger.explain` takes the sentence from here, `Job.result` the error and its text, `Job.state`
+Celery's name, and Flower the colour.  A new final status needs a row in `ENDINGS`; a new cause, one
+in `CAUSES`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from typing import Literal
 import msgspec
 
 from rlm_tasks.errors import JobCancelled, JobEnded, JobExpired, JobFailed
-from rlm_tasks.results import Status
+from rlm_tasks.jobs.item_failures import in_words
+from rlm_tasks.results import ItemFailure, Status
 
 Tone = Literal["", "active", "success", "warning", "danger"]
 """The colour of a status or a level in Flower: one of Flower's own classes, or none."""
@@ -101,3 +103,37 @@ def _because(facts: Mapping[str, str], verb: str) -> str:
         return ""
     early = " early" if facts["state"] == Status.SUCCEEDED else ""
     return f"{early} because {cause}"
+
+
+# --- the error ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Blamed:
+    """The failure that an error of a job names: of an item, of a merge, or in a round."""
+
+    failure: ItemFailure
+    failed: int  # failed items of the job, or of the round
+    total: int
+    round: int = 0  # 0: it is the job's own
+
+
+def how_it_ended(facts: Mapping[str, str], blamed: Blamed | None, *, message: bool) -> str:
+    """Return the text of a job's error behind "job ID", with or without the failure's message.
+
+    Raises KeyError for a job that has not ended.
+    """
+    ended = sentence({**facts, "error": ""} if blamed else facts)
+    ended = ended.removeprefix("It ").removesuffix(".")
+    if blamed is None:
+        return ended
+    failure = blamed.failure
+    item = f"item {failure.index}{f' ({failure.where})' if failure.where else ''}"
+    words = in_words(failure.type, failure.message, shown=message)
+    if facts["state"] != Status.FAILED:
+        first = item if failure.index >= 0 else "in its merge"
+        return f"{ended}; its first failure, {first}: {words}"
+    items = "items of the round" if blamed.round else "items"
+    place = f" in round {blamed.round}" if blamed.round else ""
+    place += f" at {item}" if failure.index >= 0 else ""
+    return f"failed{place}: {words}; {blamed.failed:,} of {blamed.total:,} {items} failed"

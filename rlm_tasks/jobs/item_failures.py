@@ -81,6 +81,21 @@ def _frames_of(error: BaseException) -> str:
         return ""
 
 
+def in_words(type: str, message: str, *, shown: bool) -> str:
+    """Return the class and the message of an exception, or the length of the message.
+
+    A message may contain an item, so only the owner of the data may see it.
+    """
+    if not message:
+        return type
+    return f"{type}: {message if shown else hidden(message)}"
+
+
+def hidden(message: str) -> str:
+    """Return what stands for a message that is not shown: its length."""
+    return f"({len(message)} characters)"
+
+
 def alike(failures: Iterable[ItemFailure]) -> list[tuple[str, str, list[int]]]:
     """Return (type, code, indexes of the items) of failures with the same type and code.
 

@@ -11,6 +11,9 @@ from typing import Any
 
 from rlm_tasks.errors import InvalidRequest
 
+ROUND_FAILED = "ROUND_FAILED"
+"""The code of the error of a job whose round ended without an answer."""
+
 
 @dataclass(frozen=True, slots=True)
 class Round:

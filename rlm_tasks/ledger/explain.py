@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import msgspec
 
 from rlm_tasks.jobs.endings import CAUSES, sentence
+from rlm_tasks.jobs.item_failures import hidden
 from rlm_tasks.jobs.spec import JobSpec
 from rlm_tasks.ledger.obstacles import Deployment, gone, obstacle, waiting
 from rlm_tasks.ledger.records import NodesAtWork
@@ -118,7 +119,7 @@ def without_message(facts: Mapping[str, str]) -> dict[str, str]:
     if not facts.get("error"):
         return dict(facts)
     error = msgspec.json.decode(facts["error"])
-    kept = {"type": error["type"], "message": f"({len(error['message'])} characters)"}
+    kept = {"type": error["type"], "message": hidden(error["message"])}
     return {**facts, "error": msgspec.json.encode(kept).decode()}
 
 

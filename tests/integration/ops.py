@@ -10,10 +10,11 @@ import os
 import signal
 import time
 from collections.abc import Iterable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
-from rlm_tasks import Context, operation
+from rlm_tasks import Context, NextRound, operation
 
 
 def _concatenated(parts: Iterable[list[Any]]) -> list[Any]:
@@ -67,6 +68,23 @@ def fail_odd(number: int) -> int:
     if number % 2:
         raise ValueError(f"{number} is odd")
     return number
+
+
+def _odd_round(_outputs: Any, _round: Any) -> NextRound:
+    """Return a round whose item 2 is odd."""
+    return NextRound("fail_odd", [2, 4, 3], {})
+
+
+@operation("fail_odd_round", then=_odd_round)
+def fail_odd_round(item: Any) -> Any:
+    """Return the item; the next round fails."""
+    return item
+
+
+@operation("parse_day")
+def parse_day(text: str) -> str:
+    """Return a day as its parser prints it."""
+    return date.fromisoformat(text).isoformat()
 
 
 @operation("return_even")

@@ -35,6 +35,21 @@ def rlm(
     )
 
 
+def test_a_failed_job_shows_its_message_only_when_the_setting_allows(
+    client: Client, environment: dict[str, str]
+) -> None:
+    request = json.dumps({"operation": "fail_odd", "items": [7]})
+    shows = {**environment, "RLM_SHOW_MESSAGES": "1"}
+
+    hidden, shown = (
+        rlm(each, "submit", "--wait", "30", stdin=request).stderr.partition(" failed ")[2]
+        for each in (environment, shows)
+    )
+
+    assert hidden == "at item 0: ValueError: (8 characters); 1 of 1 items failed\n"
+    assert shown == "at item 0: ValueError: 7 is odd; 1 of 1 items failed\n"
+
+
 def test_a_job_from_stdin_to_its_tree(client: Client, environment: dict[str, str]) -> None:
     request = json.dumps(
         {"operation": "fail_odd", "items": [2, 3, 4], "options": {"continueOnError": True}}

@@ -4,7 +4,9 @@ Every such job reaches a final state with exact counts."""
 
 from __future__ import annotations
 
+import copy
 import json
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from rlm_tasks import (
     Client,
     Files,
     InvalidRequest,
+    ItemError,
     JobCancelled,
     JobExpired,
     JobFailed,
@@ -75,6 +78,83 @@ def test_a_failed_file_has_its_path_and_other_items_have_no_place(
 
     assert [each.where for each in files.failed] == [f"{tmp_path}/bad.pdf", f"{tmp_path}/good"]
     assert [each.where for each in plain.failed] == [""]
+
+
+def test_the_error_names_item_place_and_exception(
+    client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    days = ["2026-01-01"] * 838 + ["day"] + ["2026-01-01"] * 161
+    (tmp_path / "payments.csv").write_text("\n".join(days))
+    monkeypatch.chdir(tmp_path)
+    job = client.submit(operation="parse_day", items=Lines("payments.csv"))
+
+    with pytest.raises(JobFailed) as caught:
+        job.get(timeout=30)
+
+    said = "ValueError: Invalid isoformat string: 'day'"
+    text = f"job {job.id} failed at item 838 (payments.csv, line 839): {said}; "
+    assert str(caught.value) == f"{text}1 of 1,000 items failed"
+    cause = caught.value.__cause__
+    assert isinstance(cause, ItemError)
+    assert (cause.type, cause.message) == tuple(said.split(": ", 1))
+    assert (cause.index, cause.where) == (838, "payments.csv, line 839")
+    assert (cause.code, str(cause)) == ("OPERATION_FAILED", said)
+    printed = "".join(traceback.format_exception(caught.value))
+    first, second = printed.split("The above exception was the direct cause", 1)
+    lines = first.splitlines()
+    assert lines[0] == f"rlm_tasks.errors.ItemError: {said}"
+    assert lines[1] == "Traceback in the worker (most recent call last):"
+    assert lines[2].endswith("in parse_day")
+    assert text in second
+
+
+MERGE = "ZeroDivisionError: division by zero"
+ENDS: list[tuple[str, Any, str, str, int]] = [
+    ("bad_merge", range(40), f"failed: {MERGE}; 0 of 40 items failed", MERGE, -1),
+    (
+        "fail_odd_round",
+        ["a"],
+        "failed in round 1 at item 2: ValueError: 3 is odd; 1 of 3 items of the round failed",
+        "ValueError: 3 is odd",
+        2,
+    ),
+]
+
+
+@pytest.mark.parametrize(("operation", "items", "ends", "cause", "index"), ENDS)
+def test_the_error_of_a_merge_or_a_round_names_its_exception(
+    client: Client, operation: str, items: Any, ends: str, cause: str, index: int
+) -> None:
+    job = client.submit(operation=operation, items=items, timeout=30)
+
+    with pytest.raises(JobFailed) as caught:
+        job.get(timeout=30)
+
+    assert str(caught.value) == f"job {job.id} {ends}"
+    found = caught.value.__cause__
+    assert isinstance(found, ItemError)
+    assert (str(found), found.index) == (cause, index)
+    assert "ops.py" in found.traceback.splitlines()[0]
+    hidden = str(caught.value).replace(found.message, f"({len(found.message)} characters)")
+    assert caught.value.outline == hidden
+    kept = copy.copy(caught.value)  # as pickle makes it
+    assert (str(kept), kept.outline) == (str(caught.value), hidden)
+    assert copy.copy(found).traceback == found.traceback
+
+
+def test_a_job_that_was_cancelled_or_expired_names_its_first_failure(client: Client) -> None:
+    items = [{"i": i, "ms": 20, "fails": i == 3} for i in range(500)]
+    cancelled, expired = (
+        client.submit(operation="spin_each", items=items, continue_on_error=True, timeout=timeout)
+        for timeout in (60, 1.5)
+    )
+    wait_until(lambda: cancelled.progress().failed == 1)
+    cancelled.cancel()
+
+    for job, kind in ((cancelled, JobCancelled), (expired, JobExpired)):
+        with pytest.raises(kind, match=r"; its first failure, item 3: ValueError: ") as caught:
+            job.get(timeout=20)
+        assert isinstance(caught.value.__cause__, ItemError)
 
 
 def test_rows_pair_each_output_with_the_index_of_its_item(client: Client) -> None:
@@ -256,7 +336,7 @@ def test_cancel_stops_the_whole_tree(client: Client) -> None:
 
     job.cancel()
 
-    with pytest.raises(JobCancelled, match="It was cancelled: "):
+    with pytest.raises(JobCancelled, match=f"job {job.id} was cancelled"):
         job.result(timeout=5)
     progress = job.progress()
     assert progress.done + progress.skipped == 3000
