@@ -35,7 +35,8 @@ MOST_FRAMES = 200
 """Frames of a traceback that are read: the last ones."""
 _HERE = Path(__file__).parents[1]
 _HIDDEN = (
-    *(f"{_HERE / folder}{os.sep}" for folder in ("engine", "ledger", "worker")),
+    *(f"{_HERE / folder}{os.sep}" for folder in ("engine", "jobs", "ledger", "worker")),
+    f"{_HERE.parent / 'resilience'}{os.sep}",
     str(_HERE / "operations" / "registry.py"),
 )
 """Files whose frames lie between Celery and the user's function: a traceback leaves them out."""

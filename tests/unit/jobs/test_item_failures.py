@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 
 import msgspec
 import pytest
@@ -12,7 +13,7 @@ from celery.exceptions import Ignore, Retry
 from resilience.breaker import CircuitBreaker
 from resilience.errors import Category
 from resilience.faults import classify
-from rlm_tasks import JobRequest, operation
+from rlm_tasks import JobRequest, NextRound, operation
 from rlm_tasks.jobs import item_failures as item_failures  # it says what Celery's exceptions mean
 from rlm_tasks.settings import Settings
 from tests.unit.harness import Platform
@@ -45,6 +46,12 @@ def unit_fails_guarded(item: int) -> int:
     return _divided(item)
 
 
+@operation("unit_fails_retried", merge=sum, retry=1, bulkhead=2, timeout_s=60)
+def unit_fails_retried(item: int) -> int:
+    """Fail behind a retry, a bulkhead and a time limit of its own."""
+    return _divided(item)
+
+
 def _divided(item: int) -> int:
     return item // 0
 
@@ -59,7 +66,20 @@ def unit_fails_merge(item: int) -> int:
     return item
 
 
-NAMES = ("unit_fails", "unit_fails_async", "unit_fails_batch", "unit_fails_guarded")
+def _fails_to_yield() -> Iterator[int]:
+    yield _divided(1)
+
+
+@operation("unit_fails_then", then=lambda _outputs, _round: NextRound("sum", _fails_to_yield(), {}))
+def unit_fails_then(item: int) -> int:
+    """Leave the failing to the items of the next round."""
+    return item
+
+
+NAMES = (
+    *("unit_fails", "unit_fails_async", "unit_fails_batch", "unit_fails_guarded"),
+    "unit_fails_retried",
+)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -78,13 +98,17 @@ def test_a_traceback_begins_at_the_users_own_line(name: str, limit_s: float) -> 
     assert last == "ZeroDivisionError: integer division or modulo by zero"
 
 
-def test_a_traceback_of_a_merge_begins_at_the_users_own_line() -> None:
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [("unit_fails_merge", "_fails_to_merge"), ("unit_fails_then", "_fails_to_yield")],
+)
+def test_a_traceback_of_a_merge_begins_at_the_users_own_line(name: str, function: str) -> None:
     platform = Platform()
-    facts = platform.run(platform.submit(JobRequest(operation="unit_fails_merge", items=[4])))
+    facts = platform.run(platform.submit(JobRequest(operation=name, items=[4])))
 
     first = msgspec.json.decode(facts["error"])["traceback"].splitlines()[0]
     assert first.startswith(f'  File "{__file__}"')
-    assert first.endswith("in _fails_to_merge")
+    assert first.endswith(f"in {function}")
 
 
 def test_a_traceback_of_a_built_in_operation_begins_at_its_own_line() -> None:
