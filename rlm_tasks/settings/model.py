@@ -88,7 +88,7 @@ class Settings(StoreSettings):
         "success of retries is not counted.",
     )
     show_messages: bool = Field(
-        False,
+        default=False,
         description="Show messages and tracebacks of failures in the command line and Flower; "
         "they may contain items.",
     )
