@@ -82,12 +82,9 @@ class BreakerConfig(Seconds):
     @classmethod
     def _from_timeout_seconds(cls, fields: Any) -> Any:
         """Accept ``timeout_seconds``, another name of the recovery timeout."""
-        if isinstance(fields, dict) and "timeout_seconds" in fields:
-            return {
-                ("recovery_timeout_s" if name == "timeout_seconds" else name): value
-                for name, value in fields.items()
-            }
-        return fields
+        if not isinstance(fields, dict):
+            return fields
+        return cls.renamed(fields, "timeout_seconds", "recovery_timeout_s")
 
 
 CircuitBreakerConfig = BreakerConfig

@@ -28,7 +28,7 @@ from __future__ import annotations
 import reprlib
 import sys
 from enum import IntEnum, StrEnum
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
@@ -290,6 +290,18 @@ class InvalidValue(RlmError, ValueError):
     def __init__(self, field: str, value: Any, advice: str) -> None:
         self.field, self.value, self.advice = field, value, advice
         super().__init__(f"{field}={short_repr(value)}: {advice}")
+
+    @classmethod
+    def missing(cls, field: str, advice: str) -> Self:
+        """Return the error of a field without a value; its message shows none."""
+        error = cls(field, None, advice)
+        error.args = (f"{field}: {advice}",)
+        return error
+
+    def within(self, place: str) -> Self:
+        """Put a place before the field, such as the entry of a file, and return the error."""
+        self.field, self.args = f"{place}: {self.field}", (f"{place}: {self}",)
+        return self
 
 
 def refuse_unless_positive(

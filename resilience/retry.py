@@ -95,9 +95,13 @@ class RetryPolicy(Seconds):
                 retries = fields[name]
                 if type(retries) is not int or retries < 0:
                     raise InvalidValue(name, retries, "must be a whole number from 0 on")
-                fields = {**fields, "max_attempts": retries + 1}
-                del fields[name]
+                fields = cls.renamed({**fields, name: retries + 1}, name, "max_attempts")
         return fields
+
+    @classmethod
+    def known_fields(cls) -> list[str]:
+        """Return the names of the fields, with that of the attempts after the first."""
+        return [*cls.model_fields, "max_retries"]
 
     def wants(self, error: BaseException, fault: Fault) -> bool:
         """Return whether the policy retries such an error."""

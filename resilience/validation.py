@@ -24,6 +24,12 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.65) -> str:
+    """Return the known name that is most like a name in snake_case or camelCase; '' if none is."""
+    near = difflib.get_close_matches(to_snake(name), list(known), n=1, cutoff=cutoff)
+    return near[0] if near else ""
+
+
 def readable(what: str, records: Iterable[Any], decode: Callable[[Any], T]) -> list[T]:
     """Return the decoded records.
 
@@ -63,7 +69,11 @@ class Checked(BaseModel):
     )
     invalid: ClassVar[type[InvalidValue]] = InvalidValue
 
-    def __init__(self, **fields: Any) -> None:
+    def __init__(self, *values: Any, **fields: Any) -> None:
+        if values:
+            name = type(self).__name__
+            advice = f"{name} takes its fields by name, as in {name}(field=...) or {name}(**fields)"
+            raise self.invalid("fields", values[0], advice)
         try:
             super().__init__(**fields)
         except ValidationError as error:
@@ -71,22 +81,47 @@ class Checked(BaseModel):
 
     @classmethod
     def _first(cls, error: ValidationError) -> InvalidValue:
-        """Return pydantic's first problem as one sentence about one field."""
-        problem = error.errors()[0]
+        """Return pydantic's first problem as one sentence about one field.
+
+        A missing field comes last: it may be there under a misspelt name.
+        """
+        problem = min(error.errors(), key=lambda each: each["type"] == "missing")
         if isinstance(problem.get("ctx", {}).get("error"), InvalidValue):
             return problem["ctx"]["error"]  # type: ignore[no-any-return]  # pydantic types ctx as Any
-        field = ".".join(str(part) for part in problem["loc"]) or cls.__name__
+        *_, last = path = [str(part) for part in problem["loc"]] or [cls.__name__]
+        if problem["type"] == "missing":
+            needed = (name for name, field in cls.model_fields.items() if field.is_required())
+            advice = f"is missing; {cls.__name__} needs {' and '.join(needed)}"
+            return cls.invalid.missing(to_snake(last), advice)
         if problem["type"] == "extra_forbidden":
-            return cls.invalid(field, problem["input"], cls._unknown(str(problem["loc"][-1])))
-        return cls.invalid(field, problem["input"], problem["msg"].removeprefix("Value error, "))
+            twice = cls._twice(last, to_camel(last))
+            advice = twice if last in cls.model_fields else cls._unknown(last)
+        else:
+            advice = problem["msg"].removeprefix("Value error, ")
+        return cls.invalid(".".join(path), problem["input"], advice)
 
     @classmethod
     def _unknown(cls, name: str) -> str:
         """Return the advice for an unknown field: the nearest known one, or all."""
-        known = cls.known_fields()
-        if near := difflib.get_close_matches(to_snake(name), known, n=1):
-            return f"unknown field; did you mean {near[0]!r}?"
-        return f"unknown field; {cls.__name__} has {', '.join(known)}"
+        if near := nearest(name, cls.known_fields()):
+            return f"unknown field; did you mean {near!r}?"
+        return f"unknown field; {cls.__name__} has {', '.join(cls.known_fields())}"
+
+    @staticmethod
+    def _twice(name: str, other: str) -> str:
+        return f"is given twice, as {name} and as {other}; keep one of the two"
+
+    @classmethod
+    def renamed(cls, fields: dict[str, Any], alias: str, name: str) -> dict[str, Any]:
+        """Return the fields with another name of a field replaced by its name, if it is there.
+
+        Raises InvalidValue, or the error of the record, for a field that has both names.
+        """
+        if alias not in fields:
+            return fields
+        if given := {name, to_camel(name)} & fields.keys():
+            raise cls.invalid(alias, fields[alias], cls._twice(alias, given.pop()))
+        return {(name if each == alias else each): value for each, value in fields.items()}
 
     @classmethod
     def known_fields(cls) -> list[str]:
@@ -103,11 +138,16 @@ class Seconds(Checked):
     @model_validator(mode="before")
     @classmethod
     def _in_seconds(cls, fields: Any) -> Any:
-        return (
-            {name: value for each in fields.items() for name, value in [cls._second(*each)]}
-            if isinstance(fields, dict)
-            else fields
-        )
+        if not isinstance(fields, dict):
+            return fields
+        seconds: dict[str, Any] = {}
+        given: dict[str, str] = {}
+        for name, value in fields.items():
+            field, amount = cls._second(name, value)
+            if field in seconds:
+                raise cls.invalid(name, value, cls._twice(name, given[field]))
+            seconds[field], given[field] = amount, name
+        return seconds
 
     @classmethod
     def _second(cls, name: str, value: Any) -> tuple[str, Any]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, Required, Self, TypedD
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic.alias_generators import to_snake
 
-from resilience.validation import Checked
+from resilience.validation import Checked, nearest
 from rlm_tasks.errors import InvalidRequest
 from rlm_tasks.jobs import codec
 from rlm_tasks.jobs.items import MOST_ITEMS
@@ -50,6 +50,34 @@ LONGEST_S = 10 * 365 * 86_400
 
 class _Checked(Checked):
     invalid = InvalidRequest
+
+    @classmethod
+    def _unknown(cls, name: str) -> str:
+        """Return the advice for an unknown field, which may belong to another part of a request."""
+        snake = to_snake(name)
+        others = {
+            field: place.format(field)
+            for model, place in reversed(_PLACES.items())
+            if model is not cls
+            for field in model.own_fields()
+        }
+        if snake in others:
+            return others[snake]
+        if near := nearest(name, cls.known_fields()):
+            return f"unknown field; did you mean {near!r}?"
+        if near := nearest(name, others):
+            return f"unknown field; did you mean {near!r}? It {others[near]}"
+        return f"{super()._unknown(name)}; params has the parameters of an operation"
+
+    @classmethod
+    def own_fields(cls) -> list[str]:
+        """Return the names that the record itself accepts."""
+        return list(cls.model_fields)
+
+    @classmethod
+    def known_fields(cls) -> list[str]:
+        """Return the names of the fields, as an error lists them."""
+        return cls.own_fields()
 
 
 class Binary(_Checked):
@@ -231,6 +259,12 @@ class Options(_Checked):
         "of the submitting thread.",
     )
 
+    @classmethod
+    def own_fields(cls) -> list[str]:
+        """Return the names of all fields, with that of the time limit in seconds."""
+        first, *others = cls.model_fields
+        return [first, "timeout", *others]
+
     def preempts(self, priority: str) -> bool:
         """Return whether nodes of less urgent jobs yield to this job.
 
@@ -247,15 +281,14 @@ class Options(_Checked):
     def _timeout_in_seconds(cls, fields: Any) -> Any:
         """Accept ``timeout``, in seconds or as a timedelta, in place of ``timeout_ms``."""
         if isinstance(fields, dict) and "timeout" in fields:
-            fields = dict(fields)
-            timeout = fields.pop("timeout")
+            timeout = fields["timeout"]
             seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
             if not isinstance(seconds, int | float) or isinstance(seconds, bool):
                 raise InvalidRequest("timeout", timeout, "must be seconds or a timedelta")
             if not 0 < seconds <= LONGEST_S:
                 advice = f"must be above 0 s and at most {LONGEST_S} s, ten years"
                 raise InvalidRequest("timeout", timeout, advice)
-            fields["timeout_ms"] = seconds * 1000
+            fields = {**cls.renamed(fields, "timeout", "timeout_ms"), "timeout_ms": seconds * 1000}
         return fields
 
     @field_validator("queue_timeout", mode="before")
@@ -470,16 +503,7 @@ class JobRequest(_Checked):
     @classmethod
     def known_fields(cls) -> list[str]:
         """Return the names of all fields, with those that may stand beside `options`."""
-        inner = (*Options.model_fields, *Conditions.model_fields)
-        return [*cls.model_fields, *inner, "timeout", "input"]
-
-    @classmethod
-    def _unknown(cls, name: str) -> str:
-        snake = to_snake(name)
-        for part, model in (("options", Options), ("conditions", Conditions)):
-            if snake in model.model_fields or (part == "options" and snake == "timeout"):
-                return f"belongs into {part}; pass {part}={model.__name__}({snake}=...)"
-        return super()._unknown(name)
+        return [*cls.model_fields, *Options.own_fields(), *Conditions.own_fields(), "input"]
 
     @field_validator("operation", mode="before")
     @classmethod
@@ -621,35 +645,37 @@ class JobRequest(_Checked):
         """
         if isinstance(request, JobRequest):
             return request
-        if isinstance(request, str):
-            advice = "must be a JobRequest or a dict; or give operation=..., items=..."
-            raise InvalidRequest("request", request, advice)
         if not isinstance(request, Mapping):
-            raise InvalidRequest("request", request, "must be a JobRequest or a dict")
+            shown = request if isinstance(request, str) else type(request).__qualname__
+            advice = "must be a JobRequest or a dict; give an operation as operation=..., items=..."
+            raise InvalidRequest("request", shown, advice)
+        if odd := [name for name in request if not isinstance(name, str)]:
+            raise InvalidRequest("request", odd[0], "is no name of a field; names are texts")
         return cls(**_grouped(_flattened(dict(request))))
 
 
 def _grouped(fields: dict[str, Any]) -> dict[str, Any]:
     """Return the fields with those of options and conditions moved into their models."""
     grouped = dict(fields)
-    for part, model in (("options", Options), ("conditions", Conditions)):
-        names = {
-            name
-            for name in fields
-            if (snake := to_snake(str(name))) in model.model_fields
-            or (part == "options" and snake == "timeout")
-        }
-        if names:
-            given = _given(fields.get(part, {}))
-            given_names = (
-                {to_snake(str(name)) for name in given} if isinstance(given, dict) else set()
-            )
-            twice = {name for name in names if to_snake(str(name)) in given_names}
-            if not isinstance(given, dict) or twice:
-                clash = sorted(twice if isinstance(given, dict) else names)
-                raise InvalidRequest(part, clash, f"given beside {part}=...; keep one of the two")
-            grouped[part] = model(**given, **{name: grouped.pop(name) for name in names})
+    for part, model in _PARTS.items():
+        names = [name for name in fields if to_snake(name) in model.own_fields()]
+        if not names:
+            continue
+        given = _given(fields.get(part, {}))
+        if not isinstance(given, dict):
+            raise InvalidRequest(part, given, f"must be {model.__name__}(...), or a dict")
+        inside = {_field(name): name for name in given}
+        for name in names:
+            if (other := inside.get(_field(name))) is not None:
+                advice = f"is given twice, also in {part} as {other}; keep one of the two"
+                raise InvalidRequest(name, fields[name], advice)
+        grouped[part] = model(**given, **{name: grouped.pop(name) for name in names})
     return grouped
+
+
+def _field(name: Any) -> str:
+    """Return the field that a name stands for."""
+    return {"timeout": "timeout_ms"}.get(snake := to_snake(str(name)), snake)
 
 
 def _given(part: Any) -> Any:
@@ -657,6 +683,21 @@ def _given(part: Any) -> Any:
     if isinstance(part, _Checked):
         return {name: getattr(part, name) for name in part.model_fields_set}
     return dict(part) if isinstance(part, Mapping) else part
+
+
+_PARTS: dict[str, type[Options | Conditions]] = {"options": Options, "conditions": Conditions}
+"""The parts of a request; their fields may stand beside the others."""
+_PLACES: dict[type[_Checked], str] = {
+    JobRequest: "belongs to the request; write {}=... beside options",
+    Options: "belongs to options; write options=Options({}=...)",
+    Conditions: "belongs to conditions; write conditions=Conditions({}=...)",
+    Budget: "belongs to the budget; write options=Options(budget=Budget({}=...))",
+    Binary: "belongs to a strategy; write strategy=Binary({}=...)",
+    NWay: "belongs to a strategy; write strategy=NWay({}=...)",
+    Adaptive: "belongs to a strategy; write strategy=Adaptive({}=...)",
+    TraceContext: "belongs to the trace; write options=Options(trace_context=TraceContext({}=...))",
+}
+"""Where a field belongs that is given elsewhere, the likeliest place first."""
 
 
 def _fields(shape: Shape) -> dict[str, Any]:
@@ -707,7 +748,7 @@ def _flattened(fields: dict[str, Any]) -> dict[str, Any]:
     return {**fields, **inner}
 
 
-_PARTS = {"operation", "splitFactor", "decompositionStrategy", "adaptiveSplit"}
+_INPUT = {"operation", "splitFactor", "decompositionStrategy", "adaptiveSplit"}
 """Keys that `input` may have beside its `items`; any field of a request may be a key too."""
 
 
@@ -716,9 +757,9 @@ def _names_items(given: Any, fields: Mapping[str, Any]) -> bool:
 
     Raises InvalidRequest for a dict that may be meant as either.
     """
-    if not isinstance(given, Mapping) or not given.keys() & {"items", *_PARTS}:
+    if not isinstance(given, Mapping) or not given.keys() & {"items", *_INPUT}:
         return False
-    known = {*_PARTS, *JobRequest.known_fields()}
+    known = {*_INPUT, *JobRequest.known_fields()}
     unknown = [name for name in given if to_snake(str(name)) not in known and name not in known]
     if "items" not in given:
         return not unknown and "items" in fields

@@ -119,16 +119,9 @@ class ResourceAllocationPolicy(Checked):
     @model_validator(mode="before")
     @classmethod
     def _named_as_elsewhere(cls, fields: Any) -> Any:
-        if (
-            isinstance(fields, dict)
-            and "operation" in fields
-            and not {"executor_id", "executorId"} & fields.keys()
-        ):
-            return {
-                ("executor_id" if name == "operation" else name): value
-                for name, value in fields.items()
-            }
-        return fields
+        return (
+            cls.renamed(fields, "operation", "executor_id") if isinstance(fields, dict) else fields
+        )
 
     @model_validator(mode="after")
     def _ordered(self) -> ResourceAllocationPolicy:
@@ -246,7 +239,7 @@ def _entry(where: str, entry: Any) -> ResourceAllocationPolicy:
     try:
         return ResourceAllocationPolicy(**entry)
     except InvalidValue as error:
-        raise InvalidValue(f"{where}: {error.field}", error.value, error.advice) from None
+        raise error.within(where) from None
 
 
 def priority_of(policy: ResourceAllocationPolicy, priority: str) -> ExecutorPriority:

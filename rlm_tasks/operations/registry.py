@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Unpack, overload
 from celery.utils.imports import import_from_cwd
 
 from resilience.errors import refuse_unless_name
+from resilience.validation import nearest
 from rlm_tasks.errors import InvalidRequest, UnknownOperation
 from rlm_tasks.operations import ports
 from rlm_tasks.operations.context import Context
@@ -36,6 +37,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _PROTECTING = frozenset(each.name for each in fields(Protection))
+_OPTIONS = _PROTECTING | {
+    *("merge", "finalize", "validate", "batch", "concurrency", "version", "simplified"),
+    *("allocation", "then", "prepare", "gate", "forecast"),
+}
 _FUNCTIONS = ("merge", "finalize", "validate", "simplified", "then", "cost", "fallback")
 
 _NEVER_ASYNC = ("merge", "finalize", "validate", "then", "cost", "weight")
@@ -117,6 +122,8 @@ class Operation:
 
         ``word_count.submit(lines, priority="high")``.  Raises InvalidRequest, StoreUnavailable.
         """
+        if (other := fields.get("operation")) is not None:
+            raise InvalidRequest("operation", other, f"is {self.name!r} here; leave it out")
         return ports.submit(operation=self.name, items=items, **fields)
 
 
@@ -256,6 +263,8 @@ def _tell_replaced(new: Operation) -> None:
 def _check_options(name: object, function: object, about: Mapping[str, Any]) -> None:
     """Raise InvalidRequest for an option of the wrong kind, which would fail each job."""
     refuse_unless_name("name", name, InvalidRequest)
+    for option in about.keys() - _OPTIONS:
+        raise InvalidRequest(option, about[option], _unknown_option(str(name), option))
     for option, value in {"function": function, **about}.items():
         may_be_left_out = option in _FUNCTIONS and value is None
         if option in ("function", *_FUNCTIONS) and not may_be_left_out and not callable(value):
@@ -266,6 +275,17 @@ def _check_options(name: object, function: object, about: Mapping[str, Any]) -> 
             raise InvalidRequest(option, value, "must be True or False")
         if option in ("concurrency", "version") and (type(value) is not int or value < 1):
             raise InvalidRequest(option, value, "must be a whole number of at least 1")
+
+
+def _unknown_option(name: str, option: str) -> str:
+    """Return the advice for an option that `operation` does not have."""
+    from rlm_tasks.requests import JobRequest
+
+    if near := nearest(option, _OPTIONS):
+        return f"unknown option of operation {name!r}; did you mean {near!r}?"
+    if option in JobRequest.known_fields():
+        return f"belongs to a request; write {name}.submit(items, {option}=...)"
+    return f"unknown option of operation {name!r}; it has {', '.join(sorted(_OPTIONS))}"
 
 
 def get(name: str) -> Operation:

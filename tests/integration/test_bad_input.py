@@ -43,6 +43,15 @@ CASES: list[tuple[dict[str, Any], str]] = [
         {"operation": "sum", "items": [], "itms": 1},
         "itms=1: unknown field; did you mean 'items'?",
     ),
+    (
+        {"operation": "sum", "items": [], "options": {"chunkSize": 4}},
+        "chunkSize=4: belongs to the request; write chunk_size=... beside options",
+    ),
+    (
+        {"operation": "sum", "items": [], "timeout": 5, "options": {"timeout_ms": 5}},
+        "timeout=5: is given twice, also in options as timeout_ms; keep one of the two",
+    ),
+    ({"operation": "sum"}, "items: is missing; JobRequest needs operation and items"),
     ({"operation": "sum", "items": [], "type": "circular"}, "type='circular'"),
     ({"operation": "sum", "items": [], "type": "parallel", "chunk_size": 0}, "chunk_size=0"),
     (

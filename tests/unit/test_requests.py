@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Callable
 from datetime import date, timedelta
 from decimal import Decimal
@@ -214,7 +215,7 @@ def requested(item: int) -> int:
 
 
 def test_an_operation_may_be_given_in_place_of_its_name() -> None:
-    assert JobRequest(operation=requested, items=[]).operation == "requested"  # type: ignore[arg-type]
+    assert JobRequest(operation=requested, items=[]).operation == "requested"
 
 
 @pytest.mark.parametrize("wrong", [len, lambda: 1, 7, None, object(), celery_task])
@@ -231,7 +232,7 @@ def test_another_value_as_operation_is_refused_without_a_dump(wrong: Any) -> Non
         ("continueOnErr", "did you mean 'continue_on_error'?"),
         ("timout", "did you mean 'timeout'?"),
         ("itemz", "did you mean 'items'?"),
-        ("zzz", "priority, timeout_ms, .*continue_on_error, .*, timeout, input"),
+        ("zzz", "priority, timeout, timeout_ms, .*continue_on_error, .*, input"),
     ],
 )
 def test_an_unknown_field_is_answered_with_the_nearest_one(name: str, advice: str) -> None:
@@ -240,7 +241,7 @@ def test_an_unknown_field_is_answered_with_the_nearest_one(name: str, advice: st
 
 
 def test_a_field_of_options_is_not_one_of_the_record_itself() -> None:
-    with pytest.raises(InvalidRequest, match=r"belongs into options; pass options=Options.timeout"):
+    with pytest.raises(InvalidRequest, match=r"belongs to options; write options=Options.timeout"):
         JobRequest(operation="sum", items=[], timeout=5)  # type: ignore[call-arg]
 
 
@@ -249,24 +250,163 @@ def test_options_in_camel_case_may_stand_beside_the_other_fields() -> None:
     request = JobRequest.parse({"operation": "sum", "items": [1], **fields})
     assert (request.options.continue_on_error, request.options.error_threshold) == (True, 0.5)
     assert (request.options.timeout_ms, request.conditions.skip_if_empty) == (500, True)
-    with pytest.raises(InvalidRequest, match=r"given beside options=...; keep one"):
+    with pytest.raises(InvalidRequest, match=r"^continueOnError=True: is given twice, also in opt"):
         JobRequest.parse({"operation": "sum", "items": [], "options": fields, **fields})
 
 
 def test_options_may_stand_beside_a_dict_of_others() -> None:
     fields = {"operation": "sum", "items": [], "continue_on_error": True}
 
-    for options in ({"priority": "high"}, Options(priority="high")):  # type: ignore[arg-type]
+    for options in ({"priority": "high"}, Options(priority="high")):
         request = JobRequest.parse({**fields, "options": options})
         assert (request.options.priority, request.options.continue_on_error) == ("high", True)
-    for options in ({"continueOnError": False}, Options(continue_on_error=True), 7):
-        with pytest.raises(InvalidRequest, match=r"given beside options=\.\.\.; keep one"):
+    for options in ({"continueOnError": False}, Options(continue_on_error=True)):
+        with pytest.raises(InvalidRequest, match=r"^continue_on_error=True: is given twice, also"):
             JobRequest.parse({**fields, "options": options})
+    with pytest.raises(InvalidRequest, match=r"^options=7: must be Options\(...\), or a dict"):
+        JobRequest.parse({**fields, "options": 7})
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        (
+            {"timeout": 1, "timeout_ms": 4},
+            "timeout=1: is given twice, as timeout and as timeout_ms",
+        ),
+        ({"timeoutMs": 1, "timeout_ms": 4}, "timeout_ms=4: is given twice, as timeout_ms and as t"),
+        (
+            {"timeout": 1, "options": {"timeoutMs": 5}},
+            "timeout=1: .*, also in options as timeoutMs",
+        ),
+        (
+            {"timeoutMs": 1, "options": Options(timeout=2)},
+            "timeoutMs=1: .* in options as timeout_ms",
+        ),
+        ({"options": {"timeout": 1, "timeoutMs": 4}}, "timeout=1: .*, as timeout and as timeoutMs"),
+        ({"chunkSize": 1, "chunk_size": 2}, "chunk_size=2: .*, as chunk_size and as chunkSize"),
+        ({"input": [1], "items": [2]}, r"input=\['items'\]: given twice"),
+    ],
+)
+def test_a_field_that_is_given_twice_is_named(fields: dict[str, Any], said: str) -> None:
+    own = {"operation": "sum"} if "items" in fields else {"operation": "sum", "items": []}
+
+    with pytest.raises(InvalidRequest, match=f"^{said}"):
+        JobRequest.parse({**own, **fields})
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (
+            lambda: RetryPolicy(max_delay=3, max_delay_s=4),
+            "max_delay_s=4: is given twice, as max_d",
+        ),
+        (
+            lambda: RetryPolicy(max_retries=3, max_attempts=3),
+            "max_retries=4: .* and as max_attempts",
+        ),
+        (lambda: RetryPolicy(maxRetries=3, maxAttempts=3), "maxRetries=4: .* and as maxAttempts"),
+        (
+            lambda: BreakerConfig(timeout_seconds=3, recovery_timeout_s=4),
+            "timeout_seconds=3: .*, as timeout_seconds and as recovery_timeout_s",
+        ),
+        (
+            lambda: ResourceAllocationPolicy(operation="a", executorId="b"),
+            "operation='a': .*, as operation and as executorId",
+        ),
+    ],
+)
+def test_a_field_of_a_policy_that_is_given_twice_is_named(
+    make: Callable[[], Any], said: str
+) -> None:
+    with pytest.raises(InvalidValue, match=f"^{said}"):
+        make()
+
+
+ELSEWHERE = [
+    ({"chunkSize": 4}, "options", "belongs to the request; write chunk_size=... beside options"),
+    ({"items": []}, "options", "belongs to the request; write items=... beside options"),
+    ({"skip_if_empty": True}, "options", "write conditions=Conditions.skip_if_empty=...."),
+    ({"skipIfEmty": True}, "options", "did you mean 'skip_if_empty'. It belongs to conditions"),
+    ({"tokens": 5}, "options", "write options=Options.budget=Budget.tokens=....."),
+    ({"priority": "low"}, "conditions", "belongs to options; write options=Options.priority=...."),
+    ({"priorty": "low"}, "conditions", "did you mean 'priority'. It belongs to options"),
+    ({"timeout": 5}, "conditions", "belongs to options; write options=Options.timeout=...."),
+    ({"tokens": 5}, "", "belongs to the budget; write options=Options.budget=Budget.tokens=....."),
+    ({"splitFactor": 5}, "", "belongs to a strategy; write strategy=NWay.split_factor=...."),
+    ({"min_chunk_size": 5}, "", "belongs to a strategy; write strategy=Binary.min_chunk_size=...."),
+    ({"branching": 5}, "", "did you mean 'branching_factor'. It belongs to a strategy"),
+    ({"trace_id": "a"}, "", "options=Options.trace_context=TraceContext.trace_id=....."),
+    ({"prompt": "Sum up"}, "", "params has the parameters of an operation"),
+]
+
+
+@pytest.mark.parametrize(("fields", "part", "advice"), ELSEWHERE)
+def test_a_field_at_the_wrong_level_is_told_its_place(
+    fields: dict[str, Any], part: str, advice: str
+) -> None:
+    [name] = fields
+    with pytest.raises(InvalidRequest, match=f"^{name}=.*: .*{advice}"):
+        JobRequest.parse({"operation": "sum", "items": [], **({part: fields} if part else fields)})
+    if part:
+        model = Options if part == "options" else Conditions
+        with pytest.raises(InvalidRequest, match=f"^{name}=.*: .*{advice}"):
+            model(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({}, "operation: is missing; JobRequest needs operation and items"),
+        ({"items": ["secret"]}, "operation: is missing; JobRequest needs operation and items"),
+        ({"operation": "sum"}, "items: is missing; JobRequest needs operation and items"),
+        (
+            {"opration": "sum", "items": []},
+            "opration='sum': unknown field; did you mean 'operation'?",
+        ),
+        ({"operation": "sum", "itemz": []}, "itemz=[]: unknown field; did you mean 'items'?"),
+        ({1: 2}, "request=1: is no name of a field; names are texts"),
+    ],
+)
+def test_a_missing_field_is_named_without_the_others(fields: Any, said: str) -> None:
+    with pytest.raises(InvalidRequest) as raised:
+        JobRequest.parse(fields)
+
+    assert str(raised.value) == said
+
+
+@pytest.mark.parametrize("record", [JobRequest, Options, Budget, Adaptive, RetryPolicy])
+def test_fields_by_position_are_refused_with_the_way_to_write_them(record: type[Checked]) -> None:
+    name = record.__name__
+    with pytest.raises(InvalidValue, match=f"{name} takes its fields by name, as in {name}\\(fie"):
+        record({"operation": "sum", "items": []})
 
 
 def test_a_name_alone_is_answered_with_the_two_ways_to_submit() -> None:
-    with pytest.raises(InvalidRequest, match=r"request='sum': .* operation=..., items=..."):
-        JobRequest.parse("sum")  # type: ignore[arg-type]
+    for given, shown in (("sum", "sum"), (requested, "Operation")):
+        with pytest.raises(InvalidRequest, match=f"request='{shown}': .* operation=..., items=..."):
+            JobRequest.parse(given)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("option", "advice"),
+    [
+        ("concurency", "unknown option of operation 'x'; did you mean 'concurrency'?"),
+        ("timeout", "unknown option of operation 'x'; did you mean 'timeout_s'?"),
+        ("retries", "unknown option of operation 'x'; did you mean 'retry'?"),
+        ("priority", "belongs to a request; write x.submit(items, priority=...)"),
+        ("zzz", "unknown option of operation 'x'; it has allocation, batch, breaker, bulkhead"),
+    ],
+)
+def test_an_unknown_option_of_an_operation_is_named(option: str, advice: str) -> None:
+    with pytest.raises(InvalidRequest, match=re.escape(f"{option}=3: {advice}")):
+        operation("x", **{option: 3})(print)
+
+
+def test_another_operation_is_no_field_of_an_operations_submit() -> None:
+    with pytest.raises(InvalidRequest, match=r"^operation='sum': is 'requested' here"):
+        requested.submit([1], operation="sum")  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize(
