@@ -272,10 +272,12 @@ class Progress:
     splits: int  # cuts into two or more nodes
     elapsed_s: float  # since the first claim, until the end
     rate: float  # items per second since the first claim
-    eta_s: float | None  # seconds to the end at that rate; None while unknown
+    eta_s: float | None  # seconds to the end at that rate; None while unknown, or nothing runs
     phase: str = "process"  # validate: done counts validated items
     round: int = 0  # the current round; items of all rounds so far are counted
     submitted_at: float = 0.0  # seconds since the epoch, by the server's clock
+    running: int = 0  # nodes that run now on a live worker
+    idle_s: float = 0.0  # while none runs: seconds since one has begun, or the job was opened
 
     @property
     def fraction(self) -> float:

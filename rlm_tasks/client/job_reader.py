@@ -15,7 +15,7 @@ from rlm_tasks.errors import JobNotFound, JobUnreadable, RlmError
 from rlm_tasks.jobs.endings import CELERY_STATES, sentence
 from rlm_tasks.jobs.trace_ids import trace_id_of
 from rlm_tasks.ledger.at_work import held_nodes
-from rlm_tasks.ledger.explain import explain, without_message
+from rlm_tasks.ledger.explain import explain, last_begun_ms, without_message
 from rlm_tasks.ledger.job_counters import JobCounters, JobReading, read_counters
 from rlm_tasks.ledger.records import MERGE
 from rlm_tasks.ledger.round_ids import opened_rounds
@@ -80,7 +80,10 @@ class JobReader:
         return self.status is Status.SUCCEEDED
 
     def progress(self) -> Progress:
-        """Return the progress of the job and its rounds, running nodes included."""
+        """Return the progress of the job and its rounds, running nodes included.
+
+        It takes one round trip, another if nodes run, and another if the job has rounds.
+        """
         [reading] = read_counters(self._ledger, [self.id])
         if isinstance(reading, RlmError):
             raise reading
@@ -210,7 +213,9 @@ def progress_of(reading: JobReading) -> Progress:
     elapsed_s = max(0.0, ((ended or reading.now_ms) - began) / 1000) if began else 0.0
     worked, total = done + failed, _summed(parts, "n")
     rate = worked / elapsed_s if elapsed_s else 0.0
-    left = total - worked - skipped
+    left, running = total - worked - skipped, reading.running
+    began_ms = max(map(last_begun_ms, parts))
+    idle_s = 0.0 if running or status.final else max(0.0, (reading.now_ms - began_ms) / 1000)
     return Progress(
         status=status,
         total=total,
@@ -222,10 +227,12 @@ def progress_of(reading: JobReading) -> Progress:
         splits=_summed(parts, "splits"),
         elapsed_s=elapsed_s,
         rate=rate,
-        eta_s=0.0 if status.final else (left / rate if rate else None),
+        eta_s=0.0 if status.final else (left / rate if rate and running else None),
         phase=facts["phase"],
         round=len(parts) - 1,
         submitted_at=int(facts.get("opened_ms", 0)) / 1000,
+        running=running,
+        idle_s=idle_s,
     )
 
 

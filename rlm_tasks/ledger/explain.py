@@ -89,9 +89,13 @@ def _idle(
         return f"It stands still, with {count(sum(lost.values()), 'node')} left behind, {others}."
     if at_work.parked:
         return f"It waits: {_are(at_work.parked)} parked ({_because(at_work)})."
-    since_ms = int(facts.get("claimed_ms") or facts.get("started_ms") or facts["opened_ms"])
-    idle = f"No node of it has begun for {duration((now_ms - since_ms) / 1000)}"
+    idle = f"No node of it has begun for {duration((now_ms - last_begun_ms(facts)) / 1000)}"
     return f"{idle}; {_are(at_work.queued)} in queue {facts['queue']}."
+
+
+def last_begun_ms(facts: Mapping[str, str]) -> int:
+    """Return when a node of a job has begun last, else when the job was opened, in ms."""
+    return max(int(facts.get(name) or 0) for name in ("claimed_ms", "opened_ms"))
 
 
 def _because(at_work: NodesAtWork) -> str:

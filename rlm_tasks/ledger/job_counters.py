@@ -1,18 +1,20 @@
-"""Read the counters of one job or of many: one round trip for a page of jobs, one for its rounds.
+"""Read the counters of one job or of many, with at most three round trips for a page of jobs.
 
+One is for the jobs, one for their rounds, and one for the slots of the queues that jobs run in.
 `JobReader.progress` reads one job, `Client.listed` a list.  Begin with `read_counters`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from resilience.connections import answers_of, unreadable
 from resilience.errors import RlmError
 from rlm_tasks.ledger.reader import LedgerReader, facts_of, inflight_of
 from rlm_tasks.ledger.round_ids import round_id
+from scheduler.slots import SlotBoard
 
 AT_ONCE = 500
 """One pipeline reads at most this many jobs."""
@@ -25,6 +27,7 @@ class JobCounters:
     job: str
     facts: dict[str, str]  # every counter and state; empty for an unknown job
     inflight: tuple[int, int, int]  # items done, failed and skipped by nodes that still run
+    leased: int = 0  # nodes whose lease has not ended, parked ones left out
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +36,12 @@ class JobReading:
 
     parts: Sequence[JobCounters]
     now_ms: int
+    served: bool = True  # live workers have slots for its queue
+
+    @property
+    def running(self) -> int:
+        """The number of nodes that run: a node of a lost worker does not."""
+        return sum(each.leased for each in self.parts) if self.served else 0
 
 
 def read_counters(ledger: LedgerReader, jobs: Sequence[str]) -> list[JobReading | RlmError]:
@@ -43,7 +52,26 @@ def read_counters(ledger: LedgerReader, jobs: Sequence[str]) -> list[JobReading 
     return [
         reading
         for at in range(0, len(jobs), AT_ONCE)
-        for reading in _page(ledger, jobs[at : at + AT_ONCE])
+        for reading in _served(ledger, _page(ledger, jobs[at : at + AT_ONCE]))
+    ]
+
+
+def _served(
+    ledger: LedgerReader, page: Sequence[JobReading | RlmError]
+) -> list[JobReading | RlmError]:
+    """Return the readings with the knowledge whether workers serve the queues of running jobs."""
+    held = [each for each in page if isinstance(each, JobReading) and each.running]
+    queues = sorted({each.parts[0].facts["queue"] for each in held})
+    if not queues:
+        return [*page]
+    slots = SlotBoard(ledger.store, ledger.keys)
+    answers = ledger.call(*(slots.take(each, 0) for each in queues))
+    served = {queue for queue, (_, total) in zip(queues, answers, strict=True) if total}
+    return [
+        replace(each, served=each.parts[0].facts["queue"] in served)
+        if isinstance(each, JobReading) and each.running
+        else each
+        for each in page
     ]
 
 
@@ -75,24 +103,31 @@ def _rounds_of(job: JobCounters | RlmError) -> list[str]:
 def _read(ledger: LedgerReader, jobs: Sequence[str]) -> tuple[list[JobCounters | RlmError], int]:
     """Return the counters of jobs, and the server's time in ms, in one round trip."""
 
+    now_ms = ledger.clock.now_ms()
+
     def read(client: Any) -> list[Any]:
         pipe = client.pipeline(transaction=False)
         for keys in map(ledger.keys.of, jobs):
             pipe.hgetall(keys.job)
             pipe.hvals(keys.inflight)
+            pipe.zcount(keys.due, now_ms, "+inf")
         pipe.time()
         return answers_of(pipe)
 
     *answers, (seconds, micros) = ledger.call(read)
-    every = zip(jobs, answers[::2], answers[1::2], strict=True)
+    every = zip(jobs, answers[::3], answers[1::3], answers[2::3], strict=True)
     return [_counters(ledger, *each) for each in every], seconds * 1000 + micros // 1000
 
 
-def _counters(ledger: LedgerReader, job: str, record: Any, nodes: Any) -> JobCounters | RlmError:
-    for answer in (record, nodes):
+def _counters(
+    ledger: LedgerReader, job: str, record: Any, nodes: Any, held: Any
+) -> JobCounters | RlmError:
+    for answer in (record, nodes, held):
         if isinstance(answer, Exception):
             return unreadable(ledger.store.url, answer)
     try:
-        return JobCounters(job, facts_of(job, record), inflight_of(job, nodes))
+        facts = facts_of(job, record)
+        leased = max(0, held - int(facts.get("parked", 0)))  # a parked node has its time there
+        return JobCounters(job, facts, inflight_of(job, nodes), leased)
     except RlmError as error:
         return error
