@@ -303,6 +303,7 @@ class JobEvent:
     at: float  # seconds since the epoch, by the server's clock
     event: str  # opened, started, released, merging, closed, ...
     detail: str
+    id: str = field(default="", repr=False)  # its place among the job's events
 
 
 @dataclass(frozen=True, slots=True)

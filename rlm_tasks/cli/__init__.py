@@ -11,7 +11,16 @@ from typing import Any
 
 import click
 
-from rlm_tasks.cli import demo, deployment, jobs, platform, quarantine
+from rlm_tasks.cli import (
+    demo,
+    deployment,
+    jobs,
+    outcomes,
+    platform,
+    quarantine,
+    submitting,
+    watching,
+)
 from rlm_tasks.cli.output import Polite
 
 
@@ -22,6 +31,6 @@ def rlm(_ctx: click.Context, /, **_: Any) -> None:
     gc.freeze()  # a last collection over Celery's modules would take half of a command's time
 
 
-for subject in (jobs, quarantine, platform, deployment, demo):
+for subject in (submitting, jobs, watching, outcomes, quarantine, platform, deployment, demo):
     for command in subject.COMMANDS:
         rlm.add_command(command)

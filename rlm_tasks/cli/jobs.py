@@ -1,201 +1,229 @@
-"""Commands for jobs: submit, plan, list, show, explain, cancel, retry."""
+"""Commands for jobs: list, show, tree, explain, cancel, retry."""
 
 from __future__ import annotations
 
-import json
+import re
 import sys
 from dataclasses import asdict
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from rlm_tasks.cli.job_ids import (
+    command,
+    goes_on,
+    job_argument,
+    job_of,
+    session_of,
+    short,
+    shows_messages,
+)
 from rlm_tasks.cli.output import answer, as_json_option, client_of, print_json, say, table, word_of
+from rlm_tasks.cli.watching import explained, share_of, show_live
 
 if TYPE_CHECKING:
     from rlm_tasks.client.job import Job
-    from rlm_tasks.client.planning import PlannedRound
     from rlm_tasks.jobs.spec import JobSpec
-    from rlm_tasks.results import ItemFailure, JobEvent, JobResult, Progress
+    from rlm_tasks.results import ItemFailure, JobEvent, Progress
 
 SHOWN = 20
 """Events of a job that are shown to people: the last ones."""
 NAMED = 8
 """Indexes of items that are shown for each kind of failure."""
+_AGE_PART = re.compile(r"(\d+(?:\.\d+)?)\s*(s|min|m|h|d)")
+_AGE = re.compile(rf"(?:{_AGE_PART.pattern}\s*)+")
+_UNITS_S = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86_400}
+_NARROW = ("job", "operation", "status", "progress", "failed", "age")
+_WIDE = (
+    *_NARROW,
+    *("priority", "items", "skipped", "nodes", "time", "submitted (UTC)", "description"),
+)
+
+
+# --- the list ---------------------------------------------------------------------------------
 
 
 @click.command()
-@click.argument("request_file", type=click.File("r"), default="-")
 @click.option(
-    "--wait", "timeout", type=float, help="Wait this many seconds for the result and print it."
+    "--limit", default=20, show_default=True, type=click.IntRange(1), help="Number of jobs."
 )
+@click.option("--operation", help="Only jobs of this operation.")
+@click.option("--status", multiple=True, help="Only jobs with this status; may be repeated.")
+@click.option("--since", help="Only jobs of the last 90s, 30min, 1h or 2d, or since a date.")
+@click.option("--open", "only_open", is_flag=True, help="Only jobs that have not ended.")
+@click.option("-q", "--quiet", is_flag=True, help="Only ids, one on each line.")
+@click.option("--wide", is_flag=True, help="All columns.")
 @as_json_option
 @click.pass_context
-def submit(ctx: click.Context, request_file: Any, timeout: float | None, as_json: bool) -> None:
-    """Submit a request from a JSON file, or from stdin."""
-    job = client_of(ctx).submit(_read(request_file))
-    if timeout is None:
-        answer({"id": job.id}, job.id, as_json)
-        return
-    _print_result(job.result(timeout), as_json)
+def jobs(
+    ctx: click.Context,
+    /,
+    limit: int,
+    quiet: bool,
+    wide: bool,
+    as_json: bool,
+    **filters: Any,
+) -> None:
+    """List jobs, the newest first."""
+    from rlm_tasks.client.job_search import listed
+
+    ledger = session_of(ctx).ledger
+    found = _found(ctx, limit + 1, **filters)
+    shown = found[:limit]
+    if as_json:
+        print_json([_outline(spec, at) for spec, at in listed(ledger, shown)])
+    elif quiet:
+        say("".join(f"{job}\n" for job in shown), nl=False)
+    else:
+        rows = listed(ledger, shown)
+        now = ledger.clock()
+        columns = _WIDE if wide else _NARROW
+        table("Jobs", columns, (_row(*row, now)[: len(columns)] for row in rows))
+        if len(found) > limit:
+            say(f"These are the newest {limit:,}; --limit {limit * 5} shows more.")
 
 
-def _read(request_file: Any) -> Any:
+def _found(
+    ctx: click.Context,
+    limit: int,
+    *,
+    operation: str | None,
+    status: tuple[str, ...],
+    since: str | None,
+    only_open: bool,
+) -> list[str]:
+    """Return the ids of the newest jobs that match the options.  Raises InvalidRequest."""
+    from rlm_tasks.client.job_search import newest
+    from rlm_tasks.errors import InvalidRequest
+    from rlm_tasks.results import Status
+
+    if only_open and status:
+        raise InvalidRequest("--status", status[0], "leave it out, or leave out --open")
+    statuses = [each for each in Status if not each.final] if only_open else status or None
+    return newest(session_of(ctx).ledger, limit, operation, statuses, _since(since))
+
+
+def _since(text: str | None) -> timedelta | datetime | None:
+    """Return an age such as "1h" or "1h30min", or a date and time.  Raises InvalidRequest."""
     from rlm_tasks.errors import InvalidRequest
 
+    if text is None:
+        return None
     try:
-        return json.load(request_file)
-    except ValueError as error:
-        raise InvalidRequest(
-            "request", getattr(request_file, "name", "-"), f"is not JSON: {error}"
-        ) from None
+        if _AGE.fullmatch(text):
+            parts = _AGE_PART.findall(text)
+            return timedelta(seconds=sum(float(number) * _UNITS_S[unit] for number, unit in parts))
+        return datetime.fromisoformat(text)
+    except (ValueError, OverflowError):
+        advice = "give an age, such as 90s, 30min, 1h or 2d, or a date, such as 2026-11-30"
+        raise InvalidRequest("--since", text, advice) from None
 
 
-@click.command()
-@click.argument("request_file", type=click.File("r"), default="-")
-@as_json_option
-@click.pass_context
-def plan(ctx: click.Context, request_file: Any, as_json: bool) -> None:
-    """Estimate a request from a JSON file or stdin: calls, tokens, money and time.
-
-    Nothing is submitted.
-    """
-    planned = client_of(ctx).plan(_read(request_file))
-    if as_json:
-        print_json(planned.to_dict())
-        return
-    if planned.calls.p90:
-        columns = (
-            "round",
-            "operation",
-            "items",
-            "calls",
-            "calls p90",
-            "tokens",
-            "tokens p90",
-            "money",
-            "money p90",
-        )
-        table("Rounds", columns, map(_round, planned.rounds))
-    say(str(planned))
+def _outline(spec: JobSpec, at: Progress) -> dict[str, Any]:
+    about = {"id": spec.job, "operation": spec.operation, "priority": spec.priority}
+    return {**about, "description": spec.description, **_progress(at)}
 
 
-def _round(planned: PlannedRound) -> tuple[Any, ...]:
-    money = (f"{amount:,.4f}" for amount in (planned.money.p50, planned.money.p90))
+def _row(spec: JobSpec, at: Progress, now: float) -> tuple[Any, ...]:
+    from rlm_tasks.words import age, duration
+
     return (
-        planned.number,
-        planned.operation,
-        planned.items,
-        planned.calls.p50,
-        planned.calls.p90,
-        planned.tokens.p50,
-        planned.tokens.p90,
-        *money,
+        short(spec.job),
+        spec.operation,
+        word_of(at.status, at.failed, color=False),
+        f"{share_of(at):.0%}",
+        at.failed,
+        age(now - at.submitted_at),
+        spec.priority,
+        at.total,
+        at.skipped,
+        at.nodes,
+        duration(at.elapsed_s),
+        f"{datetime.fromtimestamp(at.submitted_at, UTC):%Y-%m-%d %H:%M:%S}",
+        spec.description,
     )
-
-
-@click.command()
-@click.option("--limit", default=20, show_default=True, help="Number of jobs, the newest first.")
-@click.option("--open", "only_open", is_flag=True, help="Of these, only jobs that have not ended.")
-@click.option("-q", "--quiet", is_flag=True, help="Only ids, one on each line.")
-@as_json_option
-@click.pass_context
-def jobs(ctx: click.Context, limit: int, only_open: bool, quiet: bool, as_json: bool) -> None:
-    """List jobs, the newest first."""
-    rows = [
-        (spec, at)
-        for spec, at in client_of(ctx).listed(limit)
-        if not (only_open and at.status.final)
-    ]
-    if as_json:
-        print_json(
-            [
-                {"id": s.job, "operation": s.operation, "priority": s.priority, **_progress(at)}
-                for s, at in rows
-            ]
-        )
-    elif quiet:
-        say("".join(f"{spec.job}\n" for spec, _ in rows), nl=False)
-    else:
-        columns = (
-            "job",
-            "operation",
-            "priority",
-            "status",
-            "items",
-            "done",
-            "failed",
-            "skipped",
-            "nodes",
-            "seconds",
-        )
-        table("Jobs", columns, (_row(spec, at) for spec, at in rows))
-
-
-def _row(spec: JobSpec, at: Progress) -> tuple[Any, ...]:
-    counts = (at.total, at.done, at.failed, at.skipped, at.nodes)
-    word = word_of(at.status, at.failed, color=False)
-    return (spec.job, spec.operation, spec.priority, word, *counts, f"{at.elapsed_s:.1f}")
 
 
 def _progress(progress: Progress) -> dict[str, Any]:
     return {**asdict(progress), "fraction": progress.fraction}
 
 
+# --- one job ----------------------------------------------------------------------------------
+
+
 @click.command()
-@click.argument("job_id")
+@job_argument
 @click.option("--watch", is_flag=True, help="Show a progress bar until the job ends.")
 @as_json_option
 @click.pass_context
 def job(ctx: click.Context, job_id: str, watch: bool, as_json: bool) -> None:
     """Show one job: its progress, why it waits or how it ended, its failures and its events."""
-    handle = client_of(ctx).job(job_id)
+    handle = job_of(ctx, job_id)
     if watch:
-        _watch(handle)
-    progress, sentence, events, failures = (
-        handle.progress(),
-        handle.explain(),
-        handle.events(),
-        handle.failures(),
-    )
-    spent = handle.spent()
+        with goes_on(ctx, handle):
+            if sys.stderr.isatty():
+                show_live(ctx, handle, err=True)
+            else:
+                handle.wait()
     if as_json:
-        log = [asdict(event) for event in events]
-        names = ("index", "type", "code", "where")
-        failed = [{name: getattr(each, name) for name in names} for each in failures]
-        about: dict[str, Any] = {
-            "explain": sentence,
-            "trace_id": handle.trace_id,
-            "failures": failed,
-            "events": log,
-        }
-        about |= {
-            "rounds": [each.id for each in handle.rounds()],
-            "spent": asdict(spent) if spent else None,
-        }
-        print_json({"id": job_id, **_progress(progress), **about})
-        return
-    say(
-        f"{job_id}  {word_of(progress.status, progress.failed)}  {progress.fraction:.0%} "
-        f"of {progress.total:,} items, {progress.nodes} nodes"
-    )
-    say(sentence)
-    if client_of(ctx).settings.tracing.enabled:
+        print_json(_document(handle, shows=shows_messages(ctx)))
+    else:
+        _show(ctx, handle)
+
+
+def _document(handle: Job, *, shows: bool) -> dict[str, Any]:
+    progress, spent = handle.progress(), handle.spent()
+    names = ("index", "type", "code", "where", *(("message",) if shows else ()))
+    about = {
+        "explain": handle.explain(message=shows),
+        "trace_id": handle.trace_id,
+        "failures": [{name: getattr(each, name) for name in names} for each in handle.failures()],
+        "events": [asdict(each) for each in handle.events()],
+        "rounds": [each.id for each in handle.rounds()],
+        "spent": asdict(spent) if spent else None,
+    }
+    return {"id": handle.id, **_progress(progress), **about}
+
+
+def _show(ctx: click.Context, handle: Job) -> None:
+    from rlm_tasks.client.job_search import listed
+
+    session = session_of(ctx)
+    spent, failures = handle.spent(), handle.failures()  # they raise JobNotFound, JobUnreadable
+    for spec, at in listed(session.ledger, [handle.id]):
+        say(_heading(spec, at, session.ledger.clock()))
+    say(explained(ctx, handle))
+    if session.settings.tracing.enabled:
         say(f"Trace: {handle.trace_id}")
     if failures:
-        _show_failures(failures)
+        _show_kinds(failures)
+        say(f"Their places: {command(ctx, 'failures', handle.id)}")
     if spent:
         from rlm_tasks.results import COLUMNS, rows
 
         table("Calls to models", COLUMNS, rows(spent))
         say(str(spent))
-    _show_events(events)
+    _show_events(ctx, handle.id, handle.events())
 
 
-def _show_failures(failures: list[ItemFailure]) -> None:
-    """Print failures, one row for each type and code.
+def _heading(spec: JobSpec, at: Progress, now: float) -> str:
+    from rlm_tasks.words import age, count, duration
 
-    Messages may contain an item, so only the job's result has them.
-    """
+    ended = at.done + at.failed + at.skipped
+    took = f", in {duration(at.elapsed_s)}" if at.elapsed_s else ""
+    about = f": {spec.description}" if spec.description else ""
+    return (
+        f"{spec.job}\n"
+        f"{spec.operation}{about}\n"
+        f"{word_of(at.status, at.failed)}, {share_of(at):.0%}: {ended:,} of "
+        f"{count(at.total, 'item')}, {at.failed:,} failed, {count(at.nodes, 'node')}{took}\n"
+        f"submitted {age(now - at.submitted_at)}, priority {spec.priority}"
+    )
+
+
+def _show_kinds(failures: list[ItemFailure]) -> None:
+    """Print failures, one row for each type and code."""
     from rlm_tasks.jobs.item_failures import alike
 
     rows = (
@@ -208,7 +236,7 @@ def _first_of(indexes: list[int]) -> str:
     return ", ".join(map(str, indexes[:NAMED])) + (", ..." if len(indexes) > NAMED else "")
 
 
-def _show_events(events: list[JobEvent]) -> None:
+def _show_events(ctx: click.Context, job: str, events: list[JobEvent]) -> None:
     began = events[0].at if events else 0.0
     table(
         "Events",
@@ -216,16 +244,17 @@ def _show_events(events: list[JobEvent]) -> None:
         ((f"{e.at - began:.3f}", e.event, e.detail) for e in events[-SHOWN:]),
     )
     if len(events) > SHOWN:
-        say(f"--json prints {len(events) - SHOWN:,} earlier events, too")
+        say(f"{len(events) - SHOWN:,} earlier events: {command(ctx, 'events', job)}")
 
 
 @click.command()
-@click.argument("job_id")
+@job_argument
 @as_json_option
 @click.pass_context
 def tree(ctx: click.Context, job_id: str, as_json: bool) -> None:
     """Show the tree of a job's nodes."""
-    nodes = client_of(ctx).job(job_id).tree()
+    handle = job_of(ctx, job_id)
+    nodes = handle.tree()
     if as_json:
         print_json([asdict(node) for node in nodes])
         return
@@ -242,76 +271,61 @@ def tree(ctx: click.Context, job_id: str, as_json: bool) -> None:
         )
         for n in nodes
     )
-    table(f"Nodes of {job_id}", columns, rows)
+    table(f"Nodes of {handle.id}", columns, rows)
     if nodes.note:
         say(nodes.note)
 
 
 @click.command()
-@click.argument("job_id")
+@job_argument
 @as_json_option
 @click.pass_context
 def explain(ctx: click.Context, job_id: str, as_json: bool) -> None:
     """Print one sentence: why a job waits, what it does, or how it ended."""
-    sentence = client_of(ctx).job(job_id).explain()
-    answer({"id": job_id, "explain": sentence}, sentence, as_json)
+    handle = job_of(ctx, job_id)
+    sentence = explained(ctx, handle)
+    answer({"id": handle.id, "explain": sentence}, sentence, as_json)
+
+
+# --- actions ----------------------------------------------------------------------------------
 
 
 @click.command()
-@click.argument("job_id")
+@job_argument
 @as_json_option
 @click.pass_context
 def cancel(ctx: click.Context, job_id: str, as_json: bool) -> None:
     """Cancel a job with its whole tree."""
-    handle = client_of(ctx).job(job_id)
-    handle.cancel()
-    answer({"id": job_id, "status": handle.status}, handle.explain(), as_json)
+    from rlm_tasks.results import Status
+
+    handle = job_of(ctx, job_id)
+    had_ended = handle.status.final
+    now = handle.cancel()
+    had_ended |= now.final and now is not Status.CANCELLED
+    name, sentence = short(handle.id), explained(ctx, handle)
+    happened = (
+        f"Job {name} had ended before; nothing was cancelled. {sentence}"
+        if had_ended
+        else f"Job {name} {sentence.removeprefix('It ')}"
+    )
+    answer({"id": handle.id, "status": handle.status}, happened, as_json)
 
 
 @click.command()
-@click.argument("job_id")
+@job_argument
 @click.option("--reread", is_flag=True, help="Read failed lines anew: their file was mended.")
 @as_json_option
 @click.pass_context
 def retry(ctx: click.Context, job_id: str, reread: bool, as_json: bool) -> None:
-    """Open a new job on the failed items of a job that has ended."""
-    again = client_of(ctx).job(job_id).retry_failed(reread=reread)
+    """Open a new job on the failed items of a job that has ended, and print its id."""
+    first = client_of(ctx).job(job_id)
+    again = first.retry_failed(reread=reread)
     answer({"id": again.id}, again.id, as_json)
-
-
-def _print_result(result: JobResult, as_json: bool) -> None:
-    if as_json:
-        print_json(result.to_dict())
-        return
     say(
-        f"{word_of(result.status, result.failed_count)}: {result.done:,} done, "
-        f"{result.failed_count:,} failed, {result.skipped:,} skipped"
-    )
-    say(str(result.output)[:2000])
-
-
-def _watch(job: Job) -> None:
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
+        f"Job {short(again.id)} runs the failed items of job {short(first.id)} again. "
+        f"Watch it: {command(ctx, 'watch', again.id)}",
+        err=True,
     )
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, transient=True, disable=not sys.stderr.isatty()) as bar:
-        line = bar.add_task(job.id)
-        for progress in job.watch():
-            ended = progress.done + progress.failed + progress.skipped
-            bar.update(line, total=progress.total, completed=ended)
 
-
-COMMANDS = (submit, plan, jobs, job, tree, explain, cancel, retry)
+COMMANDS = (jobs, job, tree, explain, cancel, retry)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, TypeVar
 
 from redis.exceptions import ResponseError
@@ -16,7 +17,7 @@ from resilience.errors import StoreUnavailable
 from rlm_tasks.client.job_reader import Facts, JobReader
 from rlm_tasks.client.session import Session
 from rlm_tasks.errors import ResultTimeout
-from rlm_tasks.results import Progress, Status
+from rlm_tasks.results import JobEvent, Progress, Status
 
 _T = TypeVar("_T")
 _BLOCK_MS = 1000
@@ -42,6 +43,17 @@ class JobWaiter(JobReader):
             if progress.status.final:
                 return
             self._wait_for_event(min(interval_s, _BLOCK_MS / 1000))
+
+    def follow(self) -> Iterator[JobEvent]:
+        """Yield the job's newest thousand events, the oldest first, then new ones until it ends.
+
+        The method waits through outages of Redis.  Raises JobNotFound.
+        """
+        last = ""
+        for _ in self.watch(_BLOCK_MS / 1000):
+            for event in self._through_outages(partial(self._ledger.events, self.id, last), None):
+                last = event.id
+                yield event
 
     def wait(self, timeout: float | None = None) -> Status:
         """Wait for the end and return the final status.  Raises ResultTimeout, JobNotFound."""

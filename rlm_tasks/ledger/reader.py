@@ -111,10 +111,11 @@ class LedgerReader:
         in_order = sorted(filter(None, records), key=lambda each: each[0].index)
         return list(itertools.islice(itertools.chain.from_iterable(in_order), MAX_FAILURES))
 
-    def events(self, job: str) -> list[JobEvent]:
-        """Return the events of a job, the oldest first."""
-        found: Any = self.call(lambda client: client.xrange(self.keys.of(job).events))
-        return readable(f"an event of job {job}", [entry for _, entry in found], _event)
+    def events(self, job: str, after: str = "") -> list[JobEvent]:
+        """Return the events of a job, the oldest first; with an id only those after it."""
+        first = f"({after}" if after else "-"
+        found: Any = self.call(lambda client: client.xrange(self.keys.of(job).events, first))
+        return readable(f"an event of job {job}", found, _event)
 
     def inflight(self, job: str) -> tuple[int, int, int]:
         """Return the items done, failed and skipped so far by nodes that still run."""
@@ -271,8 +272,14 @@ class _JobError(msgspec.Struct):
     message: str
 
 
-def _event(entry: Mapping[bytes, bytes]) -> JobEvent:
-    return JobEvent(int(entry[b"ms"]) / 1000, entry[b"event"].decode(), entry[b"detail"].decode())
+def _event(found: tuple[bytes, Mapping[bytes, bytes]]) -> JobEvent:
+    id, entry = found
+    return JobEvent(
+        at=int(entry[b"ms"]) / 1000,
+        event=entry[b"event"].decode(),
+        detail=entry[b"detail"].decode(),
+        id=id.decode(),
+    )
 
 
 def _progress(text: bytes) -> tuple[int, int, int]:
