@@ -74,6 +74,7 @@ class HostReport(msgspec.Struct, frozen=True):
     refusing_why: str = ""  # the worst signal of that level in words
     operations: dict[str, int] | None = None
     """Operation, or its `fingerprint`, -> version here; None: not reported, or too many."""
+    services: dict[str, str] = {}  # operation -> service of its guards, if it has another name
     draining: bool = False  # it takes no more work, because it ends
     broker: str = ""  # URL of its broker without the password; '' if not reported
     limits: tuple[DeclaredLimit, ...] = ()

@@ -33,11 +33,7 @@ def status(ctx: click.Context, as_json: bool) -> None:
 def _sentence(platform: PlatformStatus, client: Client) -> str:
     from rlm_tasks.installation import command_of
 
-    beat = f"{command_of(client.app)} beat"
-    why = f": {platform.why}" if platform.why else ""
-    rising = f"; {platform.rising_to} is expected within a minute" if platform.rising_to else ""
-    blind = "" if platform.monitored else f". No beat: each host acts on its own; type: {beat}"
-    return f"Pressure is {platform.level}{why}{rising}{blind}"
+    return platform.sentence(command_of(client.app))
 
 
 def _show_hosts(platform: PlatformStatus) -> None:

@@ -7,6 +7,7 @@ this module only reads their reports.  Begin with `Pressure.status`.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,16 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from resilience.degradation import CONSTRAINTS, Level
-from scheduler.board import ClusterReport, HostReport, Orders, acted_on, prevailing
+from rlm_tasks.operations import registry
+from rlm_tasks.words import count
+from scheduler.board import (
+    ClusterReport,
+    HostReport,
+    Orders,
+    acted_on,
+    fingerprint,
+    prevailing,
+)
 from scheduler.queues import QueueReport
 from scheduler.snapshots import Snapshots, Trend
 from scheduler.usage import OperationUsage
@@ -30,7 +40,7 @@ TREND = 60
 class PlatformStatus:
     """The status of the platform at one moment."""
 
-    level: str  # normal, elevated, high, critical, emergency
+    level: str  # normal, elevated, high, critical, emergency; normal if not known or switched off
     why: str  # the signal that decides the level
     forced: str  # the level of a drill, '' for none
     monitored: bool  # beat runs the monitor; without it each host acts on its own level
@@ -48,6 +58,32 @@ class PlatformStatus:
     desired_workers: int  # 0: not known
     trend: list[dict[str, Any]]
     """Reports on the cluster, the oldest first: at, level, cpu_pct, memory_pct, depth, busy."""
+    enabled: bool = True  # False: pressure is switched off, by RLM_PRESSURE__ENABLED
+
+    @property
+    def known(self) -> bool:
+        """Whether the level is that of workers, and not only assumed to be normal."""
+        return bool(self.hosts) and self.enabled
+
+    def sentence(self, command: str) -> str:
+        """Return the level, its cause and what to do, in words.
+
+        `command` is the beginning of Celery's commands: "celery -A shop".
+        """
+        if not self.enabled:
+            drill = f" The drill at {self.forced} has no effect." if self.forced else ""
+            return f"Pressure is switched off (RLM_PRESSURE__ENABLED=0).{drill}"
+        if not self.hosts:
+            return f"The pressure is not known: no worker reports. Type: {command} worker"
+        why = f": {self.why}" if self.why else ""
+        rising = f"; {self.rising_to} is expected within a minute" if self.rising_to else ""
+        advice = (
+            f" The advice is to run {count(self.desired_workers, 'worker')}."
+            if self.desired_workers
+            else ""
+        )
+        blind = "" if self.monitored else f" Each host acts on its own. Type: {command} beat"
+        return f"Pressure is {self.level}{why}{rising}.{advice}{blind}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain data."""
@@ -102,14 +138,17 @@ class Pressure:
         orders, hosts = self._board.orders(), self._board.hosts()
         events = self._session.events.recent(50)
         level, cluster = self._level(orders, hosts), orders.cluster
+        services = dict(item for host in hosts for item in host.services.items())
+        services |= registry.services()
         breakers, usage = self._session.breakers.status(), self._session.usage.all()
         trends = Snapshots(
             self._session.store, self._session.keys, self._session.settings.snapshots
         ).trends([each.executor_id for each in usage])
+        enabled = _is_enabled(hosts, self._session.settings.pressure.enabled)
         why = "it is forced" if orders.forced is not None else cluster.why if cluster else ""
         return PlatformStatus(
             level=level.label,
-            why=why,
+            why=why if enabled else "",
             forced=orders.forced.label if orders.forced is not None else "",
             monitored=cluster is not None,
             hosts=hosts,
@@ -117,7 +156,10 @@ class Pressure:
             active=dict(sum((Counter(host.active) for host in hosts), Counter())),
             strategies=list(CONSTRAINTS[level].strategies),
             operations=[
-                _figures(each, breakers, trend) for each, trend in zip(usage, trends, strict=True)
+                _figures(
+                    each, breakers.get(services.get(each.executor_id, each.executor_id)), trend
+                )
+                for each, trend in zip(usage, trends, strict=True)
             ],
             circuit_breakers=breakers,
             queues=cluster.queues if cluster else {},
@@ -131,9 +173,10 @@ class Pressure:
                 if each.name == "pressure.changed"
             ],
             recent_events=[each.fields() for each in events],
-            rising_to=cluster.rising_to if cluster else "",
+            rising_to=cluster.rising_to if cluster and enabled else "",
             desired_workers=cluster.desired_workers if cluster else 0,
             trend=[_point(each) for each in self.history(TREND)][::-1],
+            enabled=enabled,
         )
 
 
@@ -154,10 +197,18 @@ def _resources(hosts: list[HostReport]) -> dict[str, float]:
     }
 
 
-def _figures(
-    usage: OperationUsage, breakers: dict[str, dict[str, Any]], trend: Trend
-) -> dict[str, Any]:
-    state = breakers.get(usage.executor_id, {}).get("state", "closed")
+def _is_enabled(hosts: Sequence[HostReport], here: bool) -> bool:
+    """Return whether pressure is on: in a worker that reports it, else in this process."""
+    off = fingerprint(repr(False))
+    told = [host.settings for host in hosts if host.settings is not None]
+    return any(each.get(_SWITCH) != off for each in told) if told else here
+
+
+_SWITCH = "RLM_PRESSURE__ENABLED"
+
+
+def _figures(usage: OperationUsage, breaker: dict[str, Any] | None, trend: Trend) -> dict[str, Any]:
+    state = (breaker or {}).get("state", "closed")
     change = None if trend.change is None else round(100 * trend.change, 1)
     return {
         **usage.to_dict(),

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from resilience.degradation import Level
 from rlm_tasks.errors import JobNotFound
+from rlm_tasks.installation import command_of
 from rlm_tasks.jobs.endings import ENDINGS, Tone, shown
 from rlm_tasks.jobs.item_failures import alike
 from rlm_tasks.results import COLUMNS, Progress, Status, rows
@@ -41,6 +42,8 @@ JOBS, NODES, EVENTS, SAMPLES = 50, 300, 30, 120
 FAILURES, INDEXES = 1000, 20
 """The most failures that are counted, and the most indexes shown of each kind."""
 
+UNKNOWN = "not known"
+"""What a card shows while no worker reports."""
 _LEVEL_TONES: dict[Level, Tone] = {
     Level.NORMAL: "success",
     Level.ELEVATED: "active",
@@ -337,12 +340,12 @@ def _counted(title: str, count: int, noun: str, most: int, which: str = "first")
 
 def pressure(client: Client) -> Picture:
     """Return the level now and over time, and the hosts."""
-    status = client.status()
+    status, command = client.status(), command_of(client.app)
     level, used = Level[status.level.upper()], status.resource_usage
     cards = [
-        Card("Level", status.level, _level_tone(level)),
-        Card("CPU", f"{used['cpu_percent']:.0f} %"),
-        Card("Memory", f"{used['memory_percent']:.0f} %"),
+        Card("Level", *_level(status, level)),
+        Card("CPU", f"{used['cpu_percent']:.0f} %" if status.hosts else UNKNOWN),
+        Card("Memory", f"{used['memory_percent']:.0f} %" if status.hosts else UNKNOWN),
         Card(
             "Slots",
             f"{sum(each.busy for each in status.hosts)} of "
@@ -363,15 +366,21 @@ def pressure(client: Client) -> Picture:
         status.forced,
     )
     return Picture(
-        _sentence(status),
+        status.sentence(command),
         cards=cards,
         chart=chart,
-        tables=[_hosts(status.hosts), changes],
+        tables=[_hosts(status.hosts, command), changes],
         actions=_drills(status),
     )
 
 
-def _hosts(hosts: Sequence[HostReport]) -> Table:
+def _level(status: PlatformStatus, level: Level) -> tuple[str, Tone]:
+    if status.known:
+        return status.level, _level_tone(level)
+    return (UNKNOWN if status.enabled else "off"), ""
+
+
+def _hosts(hosts: Sequence[HostReport], command: str) -> Table:
     rows: list[list[str | Cell]] = [
         [
             host.worker,
@@ -389,7 +398,7 @@ def _hosts(hosts: Sequence[HostReport]) -> Table:
         title="Hosts",
         columns=columns,
         rows=rows,
-        empty="No worker is alive: start one with celery worker.",
+        empty=f"No worker reports. Type: {command} worker",
         minor=("CPU", "Memory", "Queues"),
     )
 
@@ -407,18 +416,6 @@ def _drills(status: PlatformStatus) -> list[Action]:
         for each in levels
     ]
     return [*begin, Action("release", "End the drill")] if status.forced else begin
-
-
-def _sentence(status: PlatformStatus) -> str:
-    level = f"Pressure is {status.level}" + (f": {status.why}" if status.why else "")
-    rising = f"; {status.rising_to} is expected within a minute" if status.rising_to else ""
-    advice = f" {status.desired_workers} workers are advised." if status.desired_workers else ""
-    blind = (
-        ""
-        if status.monitored
-        else " No beat is alive, each host acts on its own: start celery beat."
-    )
-    return f"{level}{rising}.{advice}{blind}"
 
 
 def _points(client: Client) -> list[tuple[float, int]]:

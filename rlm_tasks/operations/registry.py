@@ -313,6 +313,12 @@ def versions() -> dict[str, int]:
     return {name: _registry[name].version for name in names()}
 
 
+def services() -> dict[str, str]:
+    """Return operation -> service of those whose guards have a name of their own."""
+    named = {name: _registry[name].protection.service or name for name in names()}
+    return {name: service for name, service in named.items() if service != name}
+
+
 def declare_protections(source: Callable[[Settings], Iterable[Protection]]) -> None:
     """Add protections that no operation declares, such as those of models; `source` yields them."""
     _declared.append(source)

@@ -12,6 +12,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any
 
 from celery.worker import state
@@ -27,7 +28,7 @@ from rlm_tasks.settings.document import fingerprints
 from rlm_tasks.telemetry.limit_reports import declared_limits
 from rlm_tasks.version import __version__
 from rlm_tasks.worker.queue_order import QueueOrder, running
-from scheduler.board import Board, HostReport, Orders, acted_on, refused_at, reported
+from scheduler.board import MOST_NAMED, Board, HostReport, Orders, acted_on, refused_at, reported
 from scheduler.ladder import HostLadder, HostVerdict
 from scheduler.queues import ages
 from scheduler.sampling import Sample, Sampler, held_mb
@@ -160,6 +161,7 @@ class Host:
             "limits": declared_limits(self._runtime.guards),
             "endpoints": declared_endpoints(settings.llm),
             "settings": fingerprints(settings),
+            "services": dict(islice(registry.services().items(), MOST_NAMED)),
         }
 
     def _ages(self) -> dict[str, float]:

@@ -117,7 +117,8 @@ def test_every_tab_shows_the_state_of_the_platform(plain: Flower, platform: Clie
         plain.data(f"/rlm/{tab}") for tab in ("pressure", "breakers", "limits", "queues")
     )
 
-    assert "No beat is alive" in pressure["sentence"]
+    assert pressure["sentence"] == "Pressure is switched off (RLM_PRESSURE__ENABLED=0)."
+    assert pressure["cards"][0]["value"] == "off"
     assert pressure["chart"]["levels"] == ["normal", "elevated", "high", "critical", "emergency"]
     assert [row[3] for row in texts(pressure["tables"][0])] == ["0 of 2"]
     assert texts(breakers["tables"][0])[0][:2] == ["broken", "open"]

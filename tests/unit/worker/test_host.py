@@ -224,6 +224,7 @@ def test_the_report_of_a_host(machine: Machine) -> None:
         Level.HIGH,
         "memory 80 % of 1000 MB",
         reported(registry.versions()),
+        services=registry.services(),
         draining=False,
         broker="redis://:***@broker:6379/1",
         limits=report.limits,
