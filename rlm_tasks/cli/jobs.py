@@ -44,12 +44,23 @@ _WIDE = (
 # --- the list ---------------------------------------------------------------------------------
 
 
+def _statuses(_: click.Context, __: click.Parameter, incomplete: str) -> list[str]:
+    from rlm_tasks.results import Status
+
+    return [str(each) for each in Status if each.startswith(incomplete)]
+
+
 @click.command()
 @click.option(
     "--limit", default=20, show_default=True, type=click.IntRange(1), help="Number of jobs."
 )
 @click.option("--operation", help="Only jobs of this operation.")
-@click.option("--status", multiple=True, help="Only jobs with this status; may be repeated.")
+@click.option(
+    "--status",
+    multiple=True,
+    shell_complete=_statuses,
+    help="Only jobs with this status; may be repeated.",
+)
 @click.option("--since", help="Only jobs of the last 90s, 30min, 1h or 2d, or since a date.")
 @click.option("--open", "only_open", is_flag=True, help="Only jobs that have not ended.")
 @click.option("-q", "--quiet", is_flag=True, help="Only ids, one on each line.")

@@ -186,8 +186,8 @@ def _whole(client: Client, job_id: str) -> dict[str, Any]:
     job = client.job(job_id)
     tree = job.tree(NODES)
     return {
-        **_outline(client, job_id),
-        "request": _request(client, job_id),
+        **_outline(client, job.id),
+        "request": _request(client, job.id),
         "tree": [{**asdict(node), "why": node.why.partition(": ")[0]} for node in tree],
         "tree_left_out": tree.total - len(tree),
         "events": [asdict(each) for each in job.events()[-EVENTS:]],

@@ -206,9 +206,10 @@ def _retry(job: str) -> Action:
 def job(client: Client, job_id: str) -> Picture:
     """Return one job: its explanation, failures, receipt, spending, tree and events.
 
-    Raises JobNotFound.
+    The address may have the beginning of an id.  Raises JobNotFound, InvalidRequest.
     """
     handle = client.job(job_id)
+    job_id = handle.id
     if (spec := client.ledger.spec(job_id)) is None:
         raise JobNotFound(job_id)
     at = handle.progress()

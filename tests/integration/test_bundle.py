@@ -144,6 +144,8 @@ def test_a_bundle_describes_one_job_in_full_by_id(client_with_secrets: Client) -
 
     document = collect(client_with_secrets, client_with_secrets.app, job)["job"]
 
+    short = collect(client_with_secrets, client_with_secrets.app, job[:8])["job"]
+    assert (short["id"], short["tree"]) == (job, document["tree"])
     assert document["failures"]["kinds"] == [
         {"type": "ValueError", "code": "OPERATION_FAILED", "items": 1}
     ]

@@ -84,6 +84,8 @@ def test_a_job_is_shown_with_tree_failures_and_events(plain: Flower, platform: C
         f"fail_odd · normal priority · {job.id}",
     )
 
+    assert plain.data(f"/rlm/job/{job.id[:8]}")["about"] == picture["about"]
+
     tables = {table["title"].partition(":")[0]: table for table in picture["tables"]}
     assert picture["sentence"].startswith("It succeeded: 2 of 4 items done, 2 failed")
     assert {"root", "merge"} <= {row[0] for row in texts(tables["Tree"])}, "it may have split"

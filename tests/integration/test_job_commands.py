@@ -20,8 +20,6 @@ from rlm_tasks import Client
 from tests.integration.conftest import ROOT, client_of, environment_of
 from tests.integration.test_commands import run, run_json
 
-APP = "celery -A test"
-
 
 @pytest.fixture(scope="module")
 def ended(client: Client) -> str:
@@ -209,7 +207,7 @@ def test_watch_in_a_pipe_prints_a_line_for_each_change(client: Client) -> None:
     assert len(counts) == len(set(counts)) >= 2
 
 
-def command_line(environment: Mapping[str, str], *arguments: str) -> list[str]:
+def command_line(*arguments: str) -> list[str]:
     """Return the words of a command."""
     return [sys.executable, "-m", "celery", "-A", "rlm_tasks", "rlm", *arguments]
 
@@ -221,7 +219,7 @@ def in_terminal(
     """Run a command in a terminal; yield its process and the terminal's other end."""
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
-        command_line(environment, *arguments),
+        command_line(*arguments),
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
@@ -408,3 +406,73 @@ def test_retry_prints_the_new_id_alone_and_names_it_beside(client: Client, ended
     assert client.job(again).result(timeout=30, propagate=False).total == 20
     assert f"Job {again[:8]} runs the failed items of job {ended[:8]} again." in done.stderr
     assert f"rlm watch {again[:8]}" in done.stderr
+
+
+# --- the start of the command line ------------------------------------------------------------
+
+
+NOT_FOR_A_LIST = (
+    "rlm_tasks.client.client",
+    "rlm_tasks.client.job",
+    "rlm_tasks.client.planning",
+    "rlm_tasks.client.submission",
+    "rlm_tasks.compat",
+    "rlm_tasks.diagnosis",
+    "rlm_tasks.engine.node",
+    "rlm_tasks.flower.pages",
+    "rlm_tasks.llm.operations",
+    "rlm_tasks.operations.builtin",
+    "rlm_tasks.testing",
+    "rlm_tasks.worker",
+    "resilience.breaker",
+    "resilience.retry",
+    "scheduler.alerts",
+    "tests.integration.ops",
+    "openai",
+    "opentelemetry.exporter",
+    "rich.progress",
+)
+"""Modules that `rlm jobs` must not import; the user's own operations are one of them."""
+
+
+def test_a_list_of_jobs_imports_no_operations_and_no_client(environment: dict[str, str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", *command_line("jobs")[1:]],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+        cwd=ROOT,
+        env={**os.environ, **environment},
+    )
+
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "rlm_tasks.client.job_search" in imported
+    assert [
+        name for name in imported if any(f"{name}.".startswith(f"{no}.") for no in NOT_FOR_A_LIST)
+    ] == []
+
+
+def completed(environment: Mapping[str, str], line: str) -> list[str]:
+    """Return the completions that bash gets for a line."""
+    words = {"COMP_WORDS": line, "COMP_CWORD": str(len(line.split()) - 1)}
+    done = subprocess.run(
+        [Path(sys.executable).with_name("celery")],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+        cwd=ROOT,
+        env={**os.environ, **environment, **words, "_CELERY_COMPLETE": "bash_complete"},
+    )
+    return [line.removeprefix("plain,") for line in done.stdout.split()]
+
+
+def test_commands_and_ids_of_jobs_are_completed(environment: dict[str, str], ended: str) -> None:
+    line = "celery -A rlm_tasks rlm"
+    assert completed(environment, f"{line} wat") == ["watch"]
+    assert ended[:8] in completed(environment, f"{line} explain {ended[:3]}")
+    assert completed(environment, f"{line} job {ended[:20]}") == [ended]
+    assert completed(environment, f"{line} jobs --status canc") == ["cancelled"]
+    nowhere = {**environment, "RLM_REDIS_URL": "redis://127.0.0.1:1/0"}
+    assert completed(nowhere, f"{line} explain {ended[:3]}") == []
