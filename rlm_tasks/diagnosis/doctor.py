@@ -20,10 +20,13 @@ from resilience.address import SENTINEL, SENTINEL_TIMEOUT_S
 from resilience.errors import StoreUnavailable
 from resilience.store import Store, masked
 from rlm_tasks import import_path
+from rlm_tasks.diagnosis.comparisons import compare
+from rlm_tasks.errors import JobUnreadable
 from rlm_tasks.installation import command_of
-from rlm_tasks.jobs.spec import SCHEMA
+from rlm_tasks.ledger.obstacles import Deployment, obstacle
 from rlm_tasks.operations import registry
 from rlm_tasks.version import __version__
+from rlm_tasks.words import age, count, duration
 from rlm_tasks.worker.preflight import Finding as Finding
 from rlm_tasks.worker.preflight import State, of_celery, of_redis, of_urls
 
@@ -81,20 +84,28 @@ def _shared(client: Client, app: Celery, clock: Callable[[], float]) -> Iterator
     yield from of_redis(store, client.settings)
     if (refused := store.refusal()) is not None:
         yield _in_two("writes", "fault", str(refused))
-    hosts = board.hosts()
-    yield _clock_here(store, clock)
+    clock_here, latency_s = _clock_here(store, clock)
+    yield clock_here
+    yield _latency(latency_s, client.settings.guard_timeout_s)
     broker, depths = _broker(client)
     yield broker
     command = command_of(app)
-    yield from _workers(hosts, command)
+    deployment = Deployment(
+        board.workers(), depths, masked(str(client.app.conf.broker_url)), command
+    )
+    hosts = deployment.workers.live
+    yield from compare(deployment, client.settings)
     yield from _clocks_there(board, hosts)
-    yield from _releases(hosts)
     yield from _queues(_names(client), hosts, depths, command)
+    yield from _stuck(client, deployment)
     yield from _astray(client, app)
     yield from _dead_letters(client)
     yield from _monitor(board, hosts, client, command)
     yield _quarantine(client, command)
     yield _breakers(store, command)
+    yield from _paused(client, command)
+    yield from _endpoints(client, command)
+    yield from _faults(client, command)
     yield from decided_alone(store)
 
 
@@ -259,13 +270,25 @@ def _fault_of(sentinel: Any, master: str) -> str:
 # --- clocks -----------------------------------------------------------------------------------
 
 
-def _clock_here(store: Store, clock: Callable[[], float]) -> Finding:
+def _clock_here(store: Store, clock: Callable[[], float]) -> tuple[Finding, float]:
+    """Return a finding on this machine's clock, and the fastest of some round trips in seconds."""
     ahead_s, within_s = min(
         (_compared(store, clock) for _ in range(_SAMPLES)), key=lambda sample: sample[1]
     )
-    return _clock(
-        "this machine's clock", ahead_s, f", give or take {within_s:.3f} s", abs(ahead_s) - within_s
-    )
+    precision = f", give or take {within_s:.3f} s"
+    found = _clock("this machine's clock", ahead_s, precision, abs(ahead_s) - within_s)
+    return found, 2 * within_s
+
+
+def _latency(round_trip_s: float, guard_timeout_s: float) -> Finding:
+    """Return a finding on the time of a call of Redis: guards give up after theirs."""
+    found = f"Redis answers within {duration(round_trip_s)}"
+    if round_trip_s < guard_timeout_s / 4:
+        return Finding("latency", "ok", found)
+    slow = f"{found}; breakers wait {duration(guard_timeout_s)} for it (RLM_GUARD_TIMEOUT_S)"
+    state: State = "fault" if round_trip_s >= guard_timeout_s else "warning"
+    advice = "Type: redis-cli --latency, then redis-cli SLOWLOG GET; keep Redis near its workers"
+    return Finding("latency", state, slow, advice)
 
 
 def _compared(store: Store, clock: Callable[[], float]) -> tuple[float, float]:
@@ -333,50 +356,6 @@ def _has_own_broker(client: Client, app: Celery) -> bool:
     return here != ("redis", ledger.get("host", "localhost"), ledger.get("port", 6379))
 
 
-def _workers(hosts: Sequence[HostReport], command: str) -> Iterator[Finding]:
-    if hosts:
-        slots = sum(host.slots for host in hosts)
-        yield Finding("workers", "ok", f"{len(hosts)} reporting, with {slots} slots")
-        return
-    advice = (
-        f"Type: {command} worker; if one runs, it must have the same RLM_REDIS_URL and "
-        f"RLM_NAMESPACE: {command} inspect ping"
-    )
-    yield Finding("workers", "fault", "no worker reports, so no job runs", advice)
-
-
-def _releases(hosts: Sequence[HostReport]) -> Iterator[Finding]:
-    """Yield a finding on workers of another release."""
-    older = [host.worker for host in hosts if 0 < host.schema < SCHEMA]
-    others = [
-        f"{host.worker} ({host.version or 'an older release'})"
-        for host in hosts
-        if host.version != __version__
-    ]
-    if older:
-        found = f"jobs from here (schema {SCHEMA}) are not read by {', '.join(older)}"
-        yield Finding(
-            "releases",
-            "fault",
-            found,
-            "Upgrade workers before clients: install this release there, and restart them",
-        )
-    elif others:
-        found = f"RLM Tasks {__version__} here, and others on {', '.join(others)}"
-        yield Finding(
-            "releases",
-            "warning",
-            found,
-            "Install one release everywhere, and restart workers one after the other",
-        )
-    elif hosts:
-        yield Finding(
-            "releases",
-            "ok",
-            f"all workers run RLM Tasks {__version__}, and read jobs of schema {SCHEMA}",
-        )
-
-
 def _names(client: Client) -> list[str]:
     from rlm_tasks.messaging.queue_names import queue_names
 
@@ -405,6 +384,26 @@ def _queues(
         yield Finding("queues", "warning", f"no worker consumes {', '.join(left)}", advice)
     elif hosts:
         yield Finding("queues", "ok", "each has a worker")
+
+
+STUCK = 50
+"""The doctor looks at this many open jobs."""
+
+
+def _stuck(client: Client, deployment: Deployment) -> Iterator[Finding]:
+    """Yield a finding for each reason why open jobs cannot run, with one of these jobs."""
+    reasons: dict[str, list[str]] = {}
+    for job in client.ledger.due.jobs(STUCK):
+        try:
+            spec = client.ledger.spec(job)
+        except JobUnreadable:
+            continue
+        if spec is not None and (why := obstacle(spec, deployment)):
+            reasons.setdefault(why, []).append(job)
+    for why, jobs in reasons.items():
+        found, _, typed = why.rstrip(".").partition(" Type: ")
+        advice = f"Type: {typed}" if typed else f"Type: {deployment.command} rlm job {jobs[0]}"
+        yield Finding("jobs", "fault", f"{count(len(jobs), 'open job')}: {found}", advice)
 
 
 def _astray(client: Client, app: Celery) -> Iterator[Finding]:
@@ -514,3 +513,44 @@ def _breakers(store: Store, command: str) -> Finding:
         f"breakers refuse calls: {', '.join(limiting)}",
         f"Type: {command} rlm breakers",
     )
+
+
+def _paused(client: Client, command: str) -> Iterator[Finding]:
+    """Yield a finding on each limit that its provider has paused."""
+    paused = {each.service: each.hold_s for each in client.limits() if each.hold_s}
+    for service, hold_s in paused.items():
+        found = f"no call of {service} is made for {duration(hold_s)}: its provider asked for it"
+        yield Finding(
+            "limits", "warning", found, f"To end it: {command} rlm limits release {service}"
+        )
+
+
+def _endpoints(client: Client, command: str) -> Iterator[Finding]:
+    """Yield a finding on endpoints of models that get no calls, and one if all do."""
+    reports = client.endpoints()
+    for each in reports:
+        if not each.healthy:
+            found = f"endpoint {each.name} gets no calls: {each.why}"
+            yield Finding("endpoints", "fault", found, f"Type: {command} rlm endpoints --check")
+    if reports and all(each.healthy for each in reports):
+        yield Finding("endpoints", "ok", f"{count(len(reports), 'endpoint')}, all healthy")
+
+
+RECENT_S = 600.0
+"""A fault that recurs counts for the doctor if it was seen within this time."""
+
+
+def _faults(client: Client, command: str) -> Iterator[Finding]:
+    """Yield a finding on the most frequent fault of each service that was seen lately."""
+    now_ms, seen = client.ledger.clock.now_ms(), set[str]()
+    patterns = client.fault_patterns()
+    recent = [each for each in patterns if now_ms - each.last_seen_ms < 1000 * RECENT_S]
+    for each in sorted(recent, key=lambda pattern: -pattern.count):
+        if each.escalated and each.service not in seen:
+            seen.add(each.service)
+            ago = age((now_ms - each.last_seen_ms) / 1000)
+            found = f"calls of {each.service} fail: {each.code}, {count(each.count, 'time')}, last {ago}"
+            advice = (
+                f"Type: {command} rlm jobs --status failed; then rlm failures JOB for one of them"
+            )
+            yield Finding("faults", "warning", found, advice)

@@ -140,7 +140,7 @@ def test_workers_that_cannot_read_new_jobs_are_a_fault(
     client_without_worker: Client, publish: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish()
-    monkeypatch.setattr("rlm_tasks.diagnosis.doctor.SCHEMA", SCHEMA + 1)
+    monkeypatch.setattr("rlm_tasks.diagnosis.comparisons.SCHEMA", SCHEMA + 1)
 
     assert examined(client_without_worker)["releases"].state == "fault"
 
