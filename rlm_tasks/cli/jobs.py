@@ -20,7 +20,7 @@ from rlm_tasks.cli.job_ids import (
     shows_messages,
 )
 from rlm_tasks.cli.output import answer, as_json_option, client_of, print_json, say, table, word_of
-from rlm_tasks.cli.watching import explained, share_of, show_live
+from rlm_tasks.cli.watching import explained, sentence_about, share_of, show_live
 
 if TYPE_CHECKING:
     from rlm_tasks.client.job import Job
@@ -313,11 +313,10 @@ def cancel(ctx: click.Context, job_id: str, as_json: bool) -> None:
     had_ended = handle.status.final
     now = handle.cancel()
     had_ended |= now.final and now is not Status.CANCELLED
-    name, sentence = short(handle.id), explained(ctx, handle)
     happened = (
-        f"Job {name} had ended before; nothing was cancelled. {sentence}"
+        f"Job {short(handle.id)} had ended before; nothing was cancelled. {explained(ctx, handle)}"
         if had_ended
-        else f"Job {name} {sentence.removeprefix('It ')}"
+        else sentence_about(ctx, handle)
     )
     answer({"id": handle.id, "status": handle.status}, happened, as_json)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from rlm_tasks.cli.job_ids import command, goes_on, job_argument, job_of, short, shows_messages
-from rlm_tasks.cli.output import printable, say, word_of
+from rlm_tasks.cli.output import printable, say
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -42,8 +42,7 @@ def watch_to_the_end(ctx: click.Context, job: Job) -> None:
 
     with goes_on(ctx, job):
         last = show_live(ctx, job) if sys.stdout.isatty() else _print_changes(ctx, job)
-    say(f"Job {short(job.id)}: {word_of(last.status, last.failed)}")
-    say(explained(ctx, job))
+    say(sentence_about(ctx, job))
     if last.failed:
         say(f"Failed items: {command(ctx, 'failures', job.id)}")
     if ENDINGS[last.status].error is not None:
@@ -54,6 +53,14 @@ def watch_to_the_end(ctx: click.Context, job: Job) -> None:
 def explained(ctx: click.Context, job: Job) -> str:
     """Return why a job waits, or how it ended; the message of an error only if it may be shown."""
     return job.explain(message=shows_messages(ctx))
+
+
+def sentence_about(ctx: click.Context, job: Job) -> str:
+    """Return the same with the job as the subject: "Job 4ac56bc0 succeeded: ..."."""
+    sentence = explained(ctx, job)
+    if sentence.startswith("It "):
+        return f"Job {short(job.id)} {sentence.removeprefix('It ')}"
+    return f"Job {short(job.id)}: {sentence}"
 
 
 class Reasons:

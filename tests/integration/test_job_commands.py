@@ -177,8 +177,8 @@ def test_each_command_takes_the_beginning_of_an_id(
 @pytest.mark.parametrize(
     ("operation", "items", "code", "texts"),
     [
-        ("echo", [1, 2], 0, ["2 of 2 items, succeeded, 100%", "It succeeded", "rlm result"]),
-        ("fail_odd", [2, 3, 4], 1, ["failed", "It failed", "rlm failures"]),
+        ("echo", [1, 2], 0, ["2 of 2 items, succeeded, 100%", "succeeded: 2 of 2 items done", "rlm result"]),
+        ("fail_odd", [2, 3, 4], 1, ["failed because an item failed", "rlm failures"]),
         ("bad_merge", [1], 1, ["failed", "ZeroDivisionError"]),
     ],
 )
@@ -374,7 +374,7 @@ def test_lines_of_a_file_are_submitted_and_watched(client: Client, tmp_path: Pat
 
     assert done.exit_code == 0, done.output
     job = client.job(done.stdout.split()[0])
-    assert "It succeeded: 2 of 2 items done" in done.stdout
+    assert "succeeded: 2 of 2 items done" in done.stdout
     assert job.get(timeout=5) == 8
     assert client.ledger.spec(job.id).priority == "high"  # type: ignore[union-attr]  # it is open
 
