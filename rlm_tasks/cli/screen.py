@@ -1,0 +1,73 @@
+"""Sentences on a screen: wrapped at its width by words, without characters that control it.
+
+`say` prints each sentence of the commands, and `tables` asks for the width and the colours.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import textwrap
+
+import click
+
+_CONTROLS = re.compile(
+    r"(?!\x1b\[[0-9;]{0,8}m)[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]"
+)
+_COMMAND = re.compile(r"celery -A \S+(?: [\w./:=-]+)*")
+_GLUE = "\u00a0"
+"""A space at which no line is broken."""
+
+
+def say(text: str, *, hang: int | None = None, err: bool = False, nl: bool = True) -> None:
+    """Print a text by `click.echo`, without characters that control the terminal.
+
+    A line that is longer than the screen is wrapped by words.  Its next lines are indented by
+    `hang` characters, by default as its first line.
+    """
+    width = screen_width(err=err)
+    shown = printable(text)
+    if width:
+        shown = "\n".join(_wrapped(line, width, hang) for line in shown.split("\n"))
+    click.echo(shown, err=err, nl=nl, color=None if may_color() else False)
+
+
+def _wrapped(line: str, width: int, hang: int | None) -> str:
+    indent = len(line) - len(line.lstrip()) if hang is None else hang
+    return textwrap.fill(
+        _COMMAND.sub(lambda found: _in_one(found[0], width - indent), line),
+        width,
+        subsequent_indent=" " * indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    ).replace(_GLUE, " ")
+
+
+def _in_one(command: str, room: int) -> str:
+    """Return a command that is not wrapped, so that it can be copied, if it fits in a line."""
+    return command.replace(" ", _GLUE) if len(command) <= room else command
+
+
+def screen_width(*, err: bool = False) -> int | None:
+    """Return the columns of the terminal, else COLUMNS; None: a pipe, which has no width."""
+    stream = sys.stderr if err else sys.stdout
+    if stream.isatty() and (columns := os.get_terminal_size(stream.fileno()).columns):
+        return columns
+    given = os.environ.get("COLUMNS", "")
+    return int(given) if given.isdecimal() and int(given) else None
+
+
+def may_color() -> bool:
+    """Return whether colours are not switched off, by NO_COLOR, TERM=dumb or ``--no-color``."""
+    ctx = click.get_current_context(silent=True)
+    off = getattr(ctx.obj, "no_color", False) if ctx else False
+    return not (off or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb")
+
+
+def printable(value: object) -> str:
+    """Return a value's text in which control characters are escapes; colours and lines stay.
+
+    The text may come from a request, an exception or a model, which must not move the cursor.
+    """
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), str(value))
