@@ -1,8 +1,8 @@
 """The recurring faults of all workers: their number, their severity, and whether retries help.
 
 The engine records faults, operators read the patterns.  Begin with `FaultLog.record`.  Faults are
-the same pattern if service, code and fingerprint of the message are equal.  A fingerprint contains
-nothing of the items of a job.
+the same pattern if service, code and fingerprint of the message are equal.  A fingerprint leaves
+out the varying parts of a message; the rest may still come from an item, so no log has it.
 """
 
 from __future__ import annotations
@@ -222,13 +222,12 @@ class FaultLog:
         service, code, message = json.loads(name)
         found = Escalation(service, code, _severity(severity, escalated=True), message)
         logger.warning(
-            "%s fails with %s more than %d times within %g s; its severity is now %s: %s",
+            "%s fails with %s more than %d times within %g s; its severity is now %s",
             service,
             code,
             self._settings.rate,
             self._settings.window_s,
             found.severity.name,
-            message,
         )
         self._on_escalation(found)
 

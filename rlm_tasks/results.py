@@ -8,7 +8,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, overload
 
@@ -45,6 +45,15 @@ class ItemFailure:
     traceback: str = field(default="", repr=False)
     code: str = ""  # the kind of error: TIMEOUT, RATE_LIMITED, OPERATION_FAILED, ...
     where: str = ""  # its place in the input, "payments.csv, line 839"; '': its index says all
+
+    def outline(self) -> ItemFailure:
+        """Return it without message and traceback, which may contain the item."""
+        return replace(self, message=hidden(self.message), traceback="")
+
+
+def hidden(message: str) -> str:
+    """Return what stands for a message that is not shown: its length."""
+    return f"({len(message)} characters)" if message else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,14 +254,22 @@ class JobResult:
             )
         return zip(self.successful, self.output, strict=True)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the result as plain data, without the list of successful indexes."""
+    def to_dict(self, *, messages: bool = True) -> dict[str, Any]:
+        """Return the result as plain data, without the list of successful indexes.
+
+        Without `messages` each failure has the length of its message, and no traceback: both may
+        contain items.
+        """
+
+        def as_dict(failure: ItemFailure) -> dict[str, Any]:
+            return asdict(failure if messages else failure.outline())
+
         shown = {name: getattr(self, name) for name in self.__slots__ if name != "successful"}
-        shown |= {"failed": [asdict(each) for each in self.failed], "metrics": asdict(self.metrics)}
+        shown |= {"failed": list(map(as_dict, self.failed)), "metrics": asdict(self.metrics)}
         shown |= {"receipt": [asdict(each) for each in self.receipt]}
         shown |= {"spent": asdict(self.spent) if self.spent else None}
         shown |= {
-            "error": asdict(self.error) if self.error else None,
+            "error": as_dict(self.error) if self.error else None,
             "failure_rate": self.failure_rate,
         }
         return shown

@@ -265,7 +265,7 @@ def _show_events(ctx: click.Context, job: str, events: list[JobEvent]) -> None:
 def tree(ctx: click.Context, job_id: str, as_json: bool) -> None:
     """Show the tree of a job's nodes."""
     handle = job_of(ctx, job_id)
-    nodes = handle.tree()
+    nodes = handle.tree(message=shows_messages(ctx))
     if as_json:
         print_json([asdict(node) for node in nodes])
         return

@@ -47,7 +47,7 @@ def result(ctx: click.Context, job_id: str, wait_s: float, as_json: bool) -> Non
         say(f"Job {short(job.id)} has not ended. To wait for it: {wait}", err=True)
         ctx.exit(1)
     found = job.result(propagate=False)
-    print_result(found, as_json)
+    print_result(ctx, found, as_json)
     has_answer = ENDINGS[found.status].error is None and found.error is None
     if not as_json:
         if not has_answer:
@@ -57,10 +57,10 @@ def result(ctx: click.Context, job_id: str, wait_s: float, as_json: bool) -> Non
     ctx.exit(0 if has_answer else 1)
 
 
-def print_result(result: JobResult, as_json: bool) -> None:
+def print_result(ctx: click.Context, result: JobResult, as_json: bool) -> None:
     """Print a result: all of it for programs, counts and the first outputs for people."""
     if as_json:
-        print_json(result.to_dict())
+        print_json(result.to_dict(messages=shows_messages(ctx)))
         return
     say(
         f"{word_of(result.status, result.failed_count)}: {result.done:,} done, "

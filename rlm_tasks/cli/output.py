@@ -32,6 +32,7 @@ class Polite(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         from resilience.errors import InvalidValue
+        from rlm_tasks.cli.job_ids import shows_messages
         from rlm_tasks.errors import RlmError, StoreUnavailable
 
         try:
@@ -53,11 +54,6 @@ def client_of(ctx: click.Context) -> Client:
 
     app = getattr(ctx.obj, "app", None)
     return Client(app if hasattr(app, "rlm_settings") else None)
-
-
-def shows_messages(ctx: click.Context) -> bool:
-    """Whether commands show messages of failures, which may contain items."""
-    return client_of(ctx).settings.show_messages
 
 
 def print_json(document: Any) -> None:

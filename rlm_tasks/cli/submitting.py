@@ -113,7 +113,7 @@ def submit(
     elif timeout is not None:
         with goes_on(ctx, job):
             result = job.result(timeout)
-        print_result(result, as_json)
+        print_result(ctx, result, as_json)
 
 
 @click.command()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from rlm_tasks.client.session import Session
 from rlm_tasks.errors import JobNotFound, JobUnreadable, RlmError
 from rlm_tasks.jobs.endings import CELERY_STATES, sentence
+from rlm_tasks.jobs.item_failures import outline
 from rlm_tasks.jobs.trace_ids import trace_id_of
 from rlm_tasks.ledger.at_work import held_nodes
 from rlm_tasks.ledger.explain import explain, last_begun_ms, without_message
@@ -91,11 +92,12 @@ class JobReader:
             raise JobNotFound(self.id)
         return progress_of(reading)
 
-    def tree(self, limit: int = TREE_NODES) -> Tree:
+    def tree(self, limit: int = TREE_NODES, *, message: bool = True) -> Tree:
         """Return the nodes, parents before their children, siblings in item order.
 
         The list has at most `limit` nodes; its `note` names the part of a larger tree that it
-        shows.  Nodes that ended long ago are only counted.  An unknown job has none.
+        shows.  Nodes that ended long ago are only counted.  An unknown job has none.  Without
+        `message` the reason of a node has no words of its operation, which may contain items.
         """
         records, total = read_tree(self._ledger, self.id, limit)
         nodes = (
@@ -107,7 +109,7 @@ class JobReader:
                 worked=max(0, record.mid - record.lo) if record.state in "dck" else 0,
                 depth=record.depth,
                 state=NODE_STATES[record.state],
-                why=record.why,
+                why=record.why if message else outline(record.why),
                 worker=record.worker,
                 duration_ms=float(record.ms),
                 attempts=record.epoch,
@@ -124,8 +126,8 @@ class JobReader:
         """Return some sentences: why the job waits, what it does, or how it ended.
 
         They name what to do, where nobody works on the job.  While Redis takes no writes, another
-        sentence says so.  Without `message` errors are named by their class and guards by their
-        name alone: their texts may contain items.
+        sentence says so.  Without `message` errors are named by their class, and an operation that
+        asks to wait by its guard: their texts may contain items.
         """
         facts = self._facts() if message else without_message(self._facts())
         if Status(facts["state"]).final:

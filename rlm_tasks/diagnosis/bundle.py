@@ -184,11 +184,11 @@ def _outline(client: Client, job_id: str) -> dict[str, Any]:
 
 def _whole(client: Client, job_id: str) -> dict[str, Any]:
     job = client.job(job_id)
-    tree = job.tree(NODES)
+    tree = job.tree(NODES, message=False)
     return {
         **_outline(client, job.id),
         "request": _request(client, job.id),
-        "tree": [{**asdict(node), "why": node.why.partition(": ")[0]} for node in tree],
+        "tree": [asdict(node) for node in tree],
         "tree_left_out": tree.total - len(tree),
         "events": [asdict(each) for each in job.events()[-EVENTS:]],
         "failures": _failures(job),

@@ -26,7 +26,7 @@ from resilience.errors import (
     storable,
 )
 from resilience.faults import classify
-from rlm_tasks.jobs.item_failures import raise_if_shutdown
+from rlm_tasks.jobs.item_failures import SAID, is_ours, raise_if_shutdown
 from rlm_tasks.jobs.splitting import Reason
 from rlm_tasks.ledger.budgets import JobBudgets
 from rlm_tasks.operations import registry
@@ -87,10 +87,9 @@ class Postponed(Exception):
 
 
 def postponed(denied: Denied, tries: int = 0) -> Postponed:
-    """Return the postponement of an item whose call was denied by a guard."""
-    return Postponed(
-        denied.retry_after_s, f"{denied.guard}: {denied.why}", tries=tries, noted=denied.noted
-    )
+    """Return the postponement of an item whose call was denied by a guard, or by itself."""
+    why = f"{denied.guard}{': ' if is_ours(denied) else SAID}{denied.why}"
+    return Postponed(denied.retry_after_s, why, tries=tries, noted=denied.noted)
 
 
 def wait_of(error: BaseException, tries: int = 0) -> Postponed | None:

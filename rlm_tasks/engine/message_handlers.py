@@ -22,7 +22,7 @@ from rlm_tasks.engine.node import entry_of_next_node, run_node
 from rlm_tasks.engine.runtime import Runtime
 from rlm_tasks.errors import UnknownOperation
 from rlm_tasks.jobs import spec as specs
-from rlm_tasks.jobs.item_failures import failure_of, raise_if_shutdown
+from rlm_tasks.jobs.item_failures import failure_of, places, raise_if_shutdown
 from rlm_tasks.ledger.partials import compact_split
 from rlm_tasks.messaging.dispatch import (
     Header,
@@ -122,7 +122,8 @@ def _run_safely(runtime: Runtime, job: str, work: Callable[[], bool]) -> bool:
         # The main process warns of the outage, once for all its pool processes.
         logger.info("A node of job %s is given up; the sweep will repeat it: %s", job, error)
     except Exception as error:
-        logger.exception("A node of job %s failed outside of its items", job)
+        # Its text may contain an item, which no log may have.
+        logger.error("A node of job %s failed outside of its items:\n%s", job, places(error))
         runtime.ledger.stop(
             job, "failed", detail="a node failed outside of its items", error=failure_of(-1, error)
         )

@@ -33,6 +33,7 @@ from rlm_tasks.engine.runtime import Runtime
 from rlm_tasks.engine.shared_page import NO_ITEM, ProcessEntry, Step
 from rlm_tasks.engine.work import BatchWork, Work
 from rlm_tasks.errors import Quarantined, UnknownOperation
+from rlm_tasks.jobs.item_failures import outline
 from rlm_tasks.jobs.spec import JobSpec
 from rlm_tasks.ledger.ledger import Ledger
 from rlm_tasks.ledger.records import MERGE, PROCESS, ROOT, Claim, Finished, Report, Suspect
@@ -180,7 +181,7 @@ def _park(runtime: Runtime, claim: Claim, park_ms: int, why: str, tries: int) ->
     if successor := runtime.ledger.park(claim, park_ms, why, tries):
         runtime.delivery.resend(claim.job, [successor])
         return False
-    logger.info("Waits for %.1f s, or until it is woken: %s", park_ms / 1000, why)
+    logger.info("Waits for %.1f s, or until it is woken: %s", park_ms / 1000, outline(why))
     return True
 
 

@@ -1,8 +1,8 @@
 """The contents of each tab, as cards and tables: plain data that a script in the browser draws.
 
 `views` calls the functions in `PAGES`; they know neither Flower nor HTML.  A page shows a request's
-operation, priority and description.  No page shows an item, a parameter, a result or the message of
-a failure.  Begin with `Picture` and `PAGES`.
+operation, priority and description.  No page shows an item, a parameter or a result.  A message of
+a failure is shown only with RLM_SHOW_MESSAGES.  Begin with `Picture` and `PAGES`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from rlm_tasks.client.job import Job
     from rlm_tasks.client.platform_status import PlatformStatus
     from rlm_tasks.jobs.spec import JobSpec
-    from rlm_tasks.results import Tree
+    from rlm_tasks.results import ItemFailure, Tree
     from rlm_tasks.telemetry.limit_reports import LimitReport
     from scheduler.board import HostReport
 
@@ -41,6 +41,8 @@ JOBS, NODES, EVENTS, SAMPLES = 50, 300, 30, 120
 """The most that are shown: of jobs, of a job's nodes and events, of the monitor's samples."""
 FAILURES, INDEXES = 1000, 20
 """The most failures that are counted, and the most indexes shown of each kind."""
+MESSAGES = 20
+"""The most failures whose messages are shown."""
 
 UNKNOWN = "not known"
 """What a card shows while no worker reports."""
@@ -208,7 +210,7 @@ def job(client: Client, job_id: str) -> Picture:
 
     The address may have the beginning of an id.  Raises JobNotFound, InvalidRequest.
     """
-    handle = client.job(job_id)
+    handle, shows = client.job(job_id), client.settings.show_messages
     job_id = handle.id
     if (spec := client.ledger.spec(job_id)) is None:
         raise JobNotFound(job_id)
@@ -223,15 +225,15 @@ def job(client: Client, job_id: str) -> Picture:
     if at.status.final and at.failed:
         actions.append(_retry(job_id))
     return Picture(
-        sentence=f"{handle.explain(message=False)}{_pace(at)}",
+        sentence=f"{handle.explain(message=shows)}{_pace(at)}",
         heading=spec.description or spec.operation,
         about=f"{spec.operation} · {spec.priority} priority · {job_id}",
         cards=cards,
         tables=[
-            _failures(handle, at),
+            *_failures(handle.failures(), at.failed, shows=shows),
             _receipt(handle),
             *_spent(handle),
-            _tree(handle.tree(NODES)),
+            _tree(handle.tree(NODES, message=shows)),
             _log(handle),
         ],
         actions=actions,
@@ -277,9 +279,12 @@ _NODE_TONES: dict[str, Tone] = {
 }
 
 
-def _failures(handle: Job, at: Progress) -> Table:
-    """Return the failures, one row for each type and code; at most the first thousand items."""
-    rows = [
+def _failures(failures: Sequence[ItemFailure], failed: int, *, shows: bool) -> list[Table]:
+    """Return the failures, one row for each type and code; at most the first thousand items.
+
+    With `shows` another table has the messages of the first ones.
+    """
+    rows: list[list[str | Cell]] = [
         [
             type,
             code,
@@ -287,14 +292,20 @@ def _failures(handle: Job, at: Progress) -> Table:
             ", ".join(f"{each:,}" for each in indexes[:INDEXES])
             + (", …" if len(indexes) > INDEXES else ""),
         ]
-        for type, code, indexes in alike(handle.failures())
+        for type, code, indexes in alike(failures)
     ]
-    return Table(
-        _counted("Failures", at.failed, "item", FAILURES),
-        ("Type", "Code", "Items", "Which"),
-        rows,
-        "No item has failed.",
-    )
+    title = _counted("Failures", failed, "item", FAILURES)
+    kinds = Table(title, ("Type", "Code", "Items", "Which"), rows, "No item has failed.")
+    return [kinds, _messages(failures, failed)] if shows and failures else [kinds]
+
+
+def _messages(failures: Sequence[ItemFailure], failed: int) -> Table:
+    rows: list[list[str | Cell]] = [
+        [f"{each.index:,}", each.where, Cell(f"{each.type}: {each.message}", note=each.traceback)]
+        for each in failures[:MESSAGES]
+    ]
+    title = _counted("Messages", failed, "item", MESSAGES)
+    return Table(title, ("Item", "Place", "Message"), rows, "", minor=("Place",))
 
 
 def _receipt(handle: Job) -> Table:

@@ -14,7 +14,6 @@ from typing import Literal
 import msgspec
 
 from rlm_tasks.errors import JobCancelled, JobEnded, JobExpired, JobFailed
-from rlm_tasks.jobs.item_failures import in_words
 from rlm_tasks.results import ItemFailure, Status
 
 Tone = Literal["", "active", "success", "warning", "danger"]
@@ -127,9 +126,9 @@ def how_it_ended(facts: Mapping[str, str], blamed: Blamed | None, *, message: bo
     ended = ended.removeprefix("It ").removesuffix(".")
     if blamed is None:
         return ended
-    failure = blamed.failure
+    failure = blamed.failure if message else blamed.failure.outline()
     item = f"item {failure.index}{f' ({failure.where})' if failure.where else ''}"
-    words = in_words(failure.type, failure.message, shown=message)
+    words = f"{failure.type}: {failure.message}" if failure.message else failure.type
     if facts["state"] != Status.FAILED:
         first = item if failure.index >= 0 else "in its merge"
         return f"{ended}; its first failure, {first}: {words}"

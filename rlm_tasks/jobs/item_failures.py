@@ -1,6 +1,8 @@
 """Failures of items as data that can be stored and shown, and the meaning of Celery's exceptions.
 
-A running node calls `failure_of`; the command line and Flower group failures with `alike`.
+A running node calls `failure_of`; the command line and Flower group failures with `alike`.  The
+text of a user's exception may contain an item: `outline`, `is_ours` and `places` keep it out of
+logs, spans and reports.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from resilience.errors import is_a, name_of, storable, text_of
 from resilience.faults import CANCELLED, TIMEOUT, WORKER_LOST, classify, register
 
 if TYPE_CHECKING:
+    from types import TracebackType
+
     from rlm_tasks.results import ItemFailure
 
 for _error, _fault in {
@@ -40,6 +44,11 @@ _HIDDEN = (
     str(_HERE / "operations" / "registry.py"),
 )
 """Files whose frames lie between Celery and the user's function: a traceback leaves them out."""
+_OURS = tuple(
+    f"{_HERE.parent / package}{os.sep}" for package in ("resilience", "rlm_tasks", "scheduler")
+)
+SAID = ", as its operation says: "
+"""Stands between the guard and the operation's own words in the reason why a node waits."""
 
 
 def failure_of(index: int, error: BaseException, code: str = "") -> dict[str, Any]:
@@ -74,27 +83,35 @@ def raise_if_shutdown(error: BaseException) -> None:
 def _frames_of(error: BaseException) -> str:
     """Return the user's last frames; '' if the code that made them does not allow it."""
     try:
-        trace = vars(BaseException)["__traceback__"].__get__(error)  # its class may hide it
-        frames = traceback.extract_tb(trace, limit=-MOST_FRAMES)
+        frames = traceback.extract_tb(_trace_of(error), limit=-MOST_FRAMES)
         shown = [frame for frame in frames if not frame.filename.startswith(_HIDDEN)]
         return storable("".join(traceback.format_list(shown or frames[-1:])))
     except BaseException:  # the loader of the user's module raised
         return ""
 
 
-def in_words(type: str, message: str, *, shown: bool) -> str:
-    """Return the class and the message of an exception, or the length of the message.
-
-    A message may contain an item, so only the owner of the data may see it.
-    """
-    if not message:
-        return type
-    return f"{type}: {message if shown else hidden(message)}"
+def outline(reason: str) -> str:
+    """Return the reason why a node waits without the operation's own words."""
+    return reason.partition(SAID)[0]
 
 
-def hidden(message: str) -> str:
-    """Return what stands for a message that is not shown: its length."""
-    return f"({len(message)} characters)"
+def is_ours(error: BaseException) -> bool:
+    """Whether the platform has raised an exception itself, so that its text contains no item."""
+    trace = _trace_of(error)
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is None or trace.tb_frame.f_code.co_filename.startswith(_OURS)
+
+
+def places(error: BaseException) -> str:
+    """Return the class of an exception and the frames of its traceback, without its message."""
+    return f"{''.join(traceback.format_tb(_trace_of(error), limit=-MOST_FRAMES))}{name_of(error)}"
+
+
+def _trace_of(error: BaseException) -> TracebackType | None:
+    """Return the traceback of an exception, whose class may hide it."""
+    found: TracebackType | None = vars(BaseException)["__traceback__"].__get__(error)
+    return found
 
 
 def alike(failures: Iterable[ItemFailure]) -> list[tuple[str, str, list[int]]]:

@@ -13,11 +13,10 @@ from collections.abc import Mapping
 import msgspec
 
 from rlm_tasks.jobs.endings import CAUSES, sentence
-from rlm_tasks.jobs.item_failures import hidden
 from rlm_tasks.jobs.spec import JobSpec
 from rlm_tasks.ledger.obstacles import Deployment, gone, obstacle, waiting
 from rlm_tasks.ledger.records import NodesAtWork
-from rlm_tasks.results import Status
+from rlm_tasks.results import Status, hidden
 from rlm_tasks.words import count, duration, listed
 
 MOST_REASONS = 3

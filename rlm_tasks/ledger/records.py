@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 import msgspec
 
 from rlm_tasks.jobs.index_ranges import IndexRanges
+from rlm_tasks.jobs.item_failures import outline
 from rlm_tasks.jobs.spec import JobSpec
 
 ROOT = "root"
@@ -221,13 +222,10 @@ class NodesAtWork:
     """Worker -> nodes that it holds, of the first hundred; empty: not read."""
 
     def without_texts(self) -> NodesAtWork:
-        """Return the sums with reasons that are cut at the colon.
-
-        The name of the guard stands before the colon; a text of the operation may follow it.
-        """
+        """Return the sums; no reason has words of an operation, which may contain items."""
         reasons = Counter[str]()
         for why, count in self.reasons.items():
-            reasons[why.partition(": ")[0]] += count
+            reasons[outline(why)] += count
         return replace(self, reasons=reasons)
 
 

@@ -22,7 +22,7 @@ from resilience.keys import Keys
 from resilience.store import Store
 from rlm_tasks.llm.endpoint import Endpoint
 from rlm_tasks.llm.endpoint_health import Checkup, EndpointHealth, configured
-from rlm_tasks.llm.wire.errors import ProviderDown, ProviderRefused
+from rlm_tasks.llm.wire.errors import ProviderDown, ProviderRefused, without_words
 from rlm_tasks.operations import registry
 from rlm_tasks.settings.environment import key_of
 from scheduler.events import ENDPOINT_ILL, ENDPOINT_WELL, Events
@@ -75,11 +75,12 @@ async def _check(about: EndpointSettings, settings: LlmSettings) -> CheckResult:
     except CallTimeout:
         why, failed = f"does not answer within {limit_s:g} s", True
     except ProviderDown as error:
-        why, failed = error.why, True
+        why, failed = without_words(error), True
     except ProviderRefused as error:
         failed = not error.status and error.category is Category.VALIDATION  # nothing was sent
         # It answers, though not for this path or this key; calls may have other rights.
-        why = error.why if failed or error.category is not Category.VALIDATION else ""
+        is_told = failed or error.category is not Category.VALIDATION
+        why = without_words(error) if is_told else ""
     finally:
         await endpoint.close()
     return CheckResult(about.name, 0.0 if failed else time.monotonic() - began, why, failed)

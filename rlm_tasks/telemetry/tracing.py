@@ -28,6 +28,7 @@ from resilience.keys import TRACED
 from resilience.store import Call
 from rlm_tasks.errors import JobUnreadable
 from rlm_tasks.jobs import spec as specs
+from rlm_tasks.jobs.item_failures import outline
 from rlm_tasks.jobs.spec import JobSpec
 from rlm_tasks.jobs.trace_ids import origin, span_id
 from rlm_tasks.ledger.ledger import Ledger
@@ -292,7 +293,7 @@ class TracedLedger(Ledger):
     def park(self, claim: Claim, wait_ms: int, why: str, tries: int = 0) -> str:
         """Park a node, and end the span of this attempt, which took no effect."""
         waits = super().park(claim, wait_ms, why, tries)
-        attributes = {"rlm.reason": why, "rlm.wait_ms": wait_ms}
+        attributes = {"rlm.reason": outline(why), "rlm.wait_ms": wait_ms}
         self._tracing.end(claim.job, claim.token, attributes, took_effect=False)
         return waits
 

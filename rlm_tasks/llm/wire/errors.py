@@ -79,6 +79,7 @@ class ProviderRefused(RlmError):
     """
 
     usage: TokenUsage | None = None
+    said = ""  # the provider's own words in `why`
 
     def __init__(
         self, endpoint: str, category: Category, code: str, why: str, status: int = 0
@@ -97,6 +98,7 @@ class ProviderDown(ConnectionError):
     """
 
     usage: TokenUsage | None = None
+    said = ""  # the provider's own words in `why`
 
     def __init__(
         self, endpoint: str, why: str, wait_s: float | None = None, *, sent: bool = False
@@ -137,8 +139,21 @@ def error_of(
         return UnusableAnswer(endpoint.name, f"it is an error: {found.said}")
     for meaning in _MEANINGS:
         if (error := meaning(found)) is not None:
+            if isinstance(error, ProviderDown | ProviderRefused):
+                error.said = found.shown
             return error
     return found.refused("INVALID_REQUEST", f"refuses the question ({found.status}): {found.said}")
+
+
+def without_words(error: ProviderDown | ProviderRefused) -> str:
+    """Return why an endpoint failed or refused, without the provider's own words.
+
+    Its words may quote a user of it, so no event, alert or report has them.
+    """
+    said = error.said
+    return (
+        error.why.replace(f"; it says: {said}", "").replace(f": {said}", "") if said else error.why
+    )
 
 
 def refused_parameter(response: ErrorResponse) -> str | None:
