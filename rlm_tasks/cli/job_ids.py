@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rlm_tasks.cli.output import say
+from rlm_tasks.cli.output import installed_app, say
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -36,15 +36,9 @@ def session_of(ctx: click.Context) -> Session:
 
 
 def _new_session(app: Any) -> Session:
-    from rlm_tasks.celery import default_app
     from rlm_tasks.client.session import Session
 
-    return Session(app if hasattr(app, "rlm_settings") else default_app())
-
-
-def shows_messages(ctx: click.Context) -> bool:
-    """Whether commands show the messages of exceptions, which may contain items."""
-    return session_of(ctx).settings.show_messages
+    return Session(installed_app(app))
 
 
 def job_of(ctx: click.Context, job_id: str) -> Job:

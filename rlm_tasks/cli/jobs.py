@@ -17,9 +17,17 @@ from rlm_tasks.cli.job_ids import (
     job_of,
     session_of,
     short,
-    shows_messages,
 )
-from rlm_tasks.cli.output import answer, as_json_option, client_of, print_json, say, table, word_of
+from rlm_tasks.cli.output import (
+    answer,
+    as_json_option,
+    client_of,
+    print_json,
+    say,
+    shows_messages,
+    table,
+    word_of,
+)
 from rlm_tasks.cli.watching import explained, sentence_about, share_of, show_live
 
 if TYPE_CHECKING:

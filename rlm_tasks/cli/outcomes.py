@@ -8,8 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rlm_tasks.cli.job_ids import command, goes_on, job_argument, job_of, short, shows_messages
-from rlm_tasks.cli.output import as_json_option, client_of, print_json, say, table, word_of
+from rlm_tasks.cli.job_ids import command, goes_on, job_argument, job_of, short
+from rlm_tasks.cli.output import (
+    as_json_option,
+    client_of,
+    print_json,
+    say,
+    shows_messages,
+    table,
+    word_of,
+)
 from rlm_tasks.cli.watching import explained
 
 if TYPE_CHECKING:

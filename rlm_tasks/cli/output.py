@@ -32,7 +32,6 @@ class Polite(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         from resilience.errors import InvalidValue
-        from rlm_tasks.cli.job_ids import shows_messages
         from rlm_tasks.errors import RlmError, StoreUnavailable
 
         try:
@@ -52,8 +51,20 @@ def client_of(ctx: click.Context) -> Client:
     """Return a client of the app of ``celery -A``."""
     from rlm_tasks.client.client import Client
 
-    app = getattr(ctx.obj, "app", None)
-    return Client(app if hasattr(app, "rlm_settings") else None)
+    return Client(installed_app(getattr(ctx.obj, "app", None)))
+
+
+def installed_app(app: Any) -> Any:
+    """Return an app, or the default one if the platform is not installed in it."""
+    from rlm_tasks.celery import default_app
+
+    return app if hasattr(app, "rlm_settings") else default_app()
+
+
+def shows_messages(ctx: click.Context) -> bool:
+    """Whether commands show messages of failures, which may contain items."""
+    shows: bool = installed_app(getattr(ctx.obj, "app", None)).rlm_settings.show_messages
+    return shows
 
 
 def print_json(document: Any) -> None:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from rlm_tasks.cli.job_ids import command, goes_on, job_argument, job_of, short, shows_messages
-from rlm_tasks.cli.output import printable, say
+from rlm_tasks.cli.job_ids import command, goes_on, job_argument, job_of, short
+from rlm_tasks.cli.output import printable, say, shows_messages
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
