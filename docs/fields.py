@@ -52,7 +52,11 @@ class Fields(griffe.Extension):
         elif any(str(base).endswith("Enum") for base in cls.bases):
             sections.append(griffe.DocstringSectionText("\n".join(map(_member, fields))))
         elif "code" in cls.members:
-            constants = [each for each in fields if "class-attribute" in each.labels]
+            constants = [
+                each
+                for each in fields
+                if "class-attribute" in each.labels and each.name not in ("when", "remedy")
+            ]
             sections.append(
                 griffe.DocstringSectionText(
                     ", ".join(f"`{each.name} = {each.value}`" for each in constants)

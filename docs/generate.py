@@ -1,18 +1,28 @@
 """Write the generated pages, or fail when one differs from the code.
 
 `docs/configuration.md` comes from the settings, `docs/reference/events.md` from the list of
-platform events, `docs/reference/odd_answers.md` from the fake provider's odd answers.
+platform events, `docs/reference/odd_answers.md` from the fake provider's odd answers,
+`docs/reference/error_codes.md` from the classes of errors.
 ``python -m docs.generate`` compares the pages; ``python -m docs.generate --write`` writes them.
 `make docs` calls it.  Begin with `PAGES`.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
+import pkgutil
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import resilience
+import rlm_tasks
+import scheduler
+from resilience.errors import RlmError
+from resilience.faults import CODES
+from rlm_tasks.llm.wire.errors import FAULTS, REFUSALS
 from rlm_tasks.settings.document import fields, variable
 from rlm_tasks.testing.odd_answers import ODD_ANSWERS
 from scheduler.alerts import RULES
@@ -103,6 +113,60 @@ This page is generated: `make docs ARGS=--write`.
 """
 
 
+ERROR_CODES_HEAD = """# Error codes
+
+Every error of a call is an [`RlmError`](errors.md).
+Its class has the facts of this page:
+
+```python
+from rlm_tasks import QueueFull
+
+print(QueueFull.code, QueueFull.retryable, QueueFull.http_status)  # QUEUE_FULL True 503
+```
+
+[In a web backend](../existing_apps.md#in-a-web-backend) an error becomes a response with these
+statuses.
+
+This page is generated: `make docs ARGS=--write`.
+
+## Errors of calls
+
+"A retry helps" means that the same call may succeed later without any change.
+
+| code | class | meaning | cause | what to do | a retry helps | HTTP |
+|---|---|---|---|---|---|---|
+"""
+ITEM_CODES_HEAD = """
+## Codes of failed items
+
+A failed item has one of these codes in [`ItemFailure.code`](results.md#rlm_tasks.ItemFailure), or a
+code of the table above.
+The job itself may have succeeded, so an item's code has no HTTP status.
+
+| code | cause | what to do | a retry helps |
+|---|---|---|---|
+"""
+HTTP_HEAD = """
+## HTTP statuses
+
+| status | meaning |
+|---|---|
+"""
+HTTP_SOURCES = {
+    202: "Accepted, not completed: the job goes on (RFC 9110, 15.3.3)",
+    403: "Forbidden: the operator does not allow the file (RFC 9110, 15.5.4)",
+    404: "Not Found: there is no such job (RFC 9110, 15.5.5)",
+    409: "Conflict with the state of the job or its file (RFC 9110, 15.5.10)",
+    422: "Unprocessable Content: a request that cannot be carried out (RFC 9110, 15.5.21)",
+    429: "Too Many Requests, with `Retry-After` (RFC 6585, 4, and RFC 9110, 10.2.3)",
+    500: "Internal Server Error: the operator or the author must act (RFC 9110, 15.6.1)",
+    502: "Bad Gateway: a provider gave an answer that cannot be used (RFC 9110, 15.6.3)",
+    503: "Service Unavailable for a while, with `Retry-After` if it is known (RFC 9110, 15.6.4)",
+    504: "Gateway Timeout: a service or a job took too long (RFC 9110, 15.6.5)",
+}
+"""Each status of an error -> its meaning and its source."""
+
+
 def settings_page() -> str:
     """Return the page of settings: a table row for each, sections last."""
     return SETTINGS_HEAD + "\n".join(_settings_rows()) + "\n"
@@ -153,10 +217,75 @@ def odd_answers_page() -> str:
     return ODD_ANSWERS_HEAD + "\n".join(rows) + "\n"
 
 
+def error_codes_page() -> str:
+    """Return the page of error codes: errors by class, codes of items, statuses of HTTP."""
+    found = errors()
+    statuses = sorted({each.http_status for each in found})
+    return "\n".join(
+        [
+            ERROR_CODES_HEAD.rstrip("\n"),
+            *map(_error_row, found),
+            ITEM_CODES_HEAD.rstrip("\n"),
+            *_item_rows(),
+            HTTP_HEAD.rstrip("\n"),
+            *(f"| {each} | {HTTP_SOURCES[each]} |" for each in statuses),
+            "",
+        ]
+    )
+
+
+def errors() -> list[type[RlmError]]:
+    """Return all classes of errors, a base before its subclasses."""
+    for package in (resilience, scheduler, rlm_tasks):
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            if not module.name.endswith("__main__"):
+                importlib.import_module(module.name)
+    return list(_family(RlmError))
+
+
+def _family(base: type[RlmError]) -> Iterator[type[RlmError]]:
+    """Yield a class and its subclasses in the same order, whatever was imported first."""
+    yield base
+    for each in sorted(base.__subclasses__(), key=lambda each: (each.__module__, each.__name__)):
+        if each.__module__.partition(".")[0] in ("resilience", "scheduler", "rlm_tasks"):
+            yield from _family(each)
+
+
+def _error_row(error: type[RlmError]) -> str:
+    meaning = re.split(r"(?<=\.)\s", " ".join(str(error.__doc__).split()))[0]
+    is_given = "code" in getattr(error.__init__, "__annotations__", ())  # each instance has its own
+    cells = (
+        "[see below](#codes-of-failed-items)" if is_given else f"`{error.code}`",
+        f"`{error.__name__}`",
+        meaning,
+        error.when,
+        error.remedy,
+        "yes" if error.retryable else "no",
+        str(error.http_status),
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def _item_rows() -> Iterator[str]:
+    for fault, (cause, remedy) in CODES.items():
+        yield f"| `{fault.code}` | {cause} | {remedy} | {'yes' if fault.retryable else 'no'} |"
+    for code, about in FAULTS.items():
+        cause, _, remedy = about.partition("; ")
+        yield f"| `{code}` | {_sentence(cause)} | {_sentence(remedy)} | no |"
+    for code, (cause, remedy) in REFUSALS.items():
+        if code not in {*FAULTS, *(fault.code for fault in CODES)}:
+            yield f"| `{code}` | {cause} | {remedy} | no |"
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}." if text else "Raise `max_tokens`, or change the prompt."
+
+
 PAGES: dict[str, Callable[[], str]] = {
     "configuration.md": settings_page,
     "reference/events.md": events_page,
     "reference/odd_answers.md": odd_answers_page,
+    "reference/error_codes.md": error_codes_page,
 }
 """Each generated page, with the function that returns its text."""
 

@@ -53,6 +53,8 @@ class CircuitOpen(Denied, pybreaker.CircuitBreakerError):
 
     code = "CIRCUIT_OPEN"
     category = Category.CIRCUIT_OPEN
+    when = "The service failed several times in a row."
+    remedy = "Try again after `retry_after_s` seconds; repair the service."
 
 
 class State(str):

@@ -163,6 +163,9 @@ class RecordUnreadable(RlmError, ResponseError):
     code = "RECORD_UNREADABLE"
     category = Category.VALIDATION
     severity = Severity.HIGH
+    http_status = 500
+    when = "Another program or release wrote the record, or it is damaged."
+    remedy = "Delete the record, or use the release that wrote it."
 
     def __init__(self, url: str, cause: str) -> None:
         self.url, self.cause = url, cause

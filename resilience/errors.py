@@ -92,6 +92,10 @@ class RlmError(Exception):
     severity = Severity.MEDIUM
     retryable = False
     trips = False  # a sign that the called service fails: a breaker counts it
+    http_status = 500  # of a web backend that meets it
+    when = "A part of the platform, or the program that calls it, raised it."  # the cause
+    remedy = "Read its message: it says what to do."
+    retry_after_s: float | None = None  # the time to wait, where it is known
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Let a pool process hand it to its main process, which makes it without `__init__`."""
@@ -117,6 +121,9 @@ class StoreUnavailable(RlmError):
     retryable = True
     trips = True
     what, advice = "does not answer ({cause})", "start it, or set {variable}"
+    http_status = 503
+    when = "The server is down, unreachable, starting, busy, or has no connection left."
+    remedy = "Start the server, or correct the address; the message names the setting."
 
     def __init__(
         self,
@@ -141,6 +148,8 @@ class StoreFull(StoreUnavailable):
     severity = Severity.CRITICAL
     what = "is full ({cause})"
     advice = "raise its maxmemory, or let results expire earlier with RLM_RESULT_TTL_S"
+    when = "The memory of Redis has reached its `maxmemory`."
+    remedy = "Raise `maxmemory`, or lower `RLM_RESULT_TTL_S`."
 
 
 class StoreReadOnly(StoreUnavailable):
@@ -149,6 +158,8 @@ class StoreReadOnly(StoreUnavailable):
     severity = Severity.CRITICAL
     what = "takes no writes ({cause})"
     advice = "set {variable} to the primary, or wait until the failover has ended"
+    when = "The server is a replica, cannot save to its disk, or has too few replicas."
+    remedy = "Set the URL to the primary, or repair the server; the message has the reason."
 
 
 class StoreUnauthorised(StoreUnavailable):
@@ -161,6 +172,9 @@ class StoreUnauthorised(StoreUnavailable):
     trips = False
     what = "refuses the user name or the password"
     advice = "correct them in {variable}"
+    http_status = 500
+    when = "The user name, the password or an ACL of the server is wrong."
+    remedy = "Correct the URL, or give the user the rights that the message names."
 
 
 class StoreInCluster(StoreUnavailable):
@@ -171,6 +185,9 @@ class StoreInCluster(StoreUnavailable):
     trips = False
     what = "is one node of a cluster, which is not supported"
     advice = "set {variable} to a server outside of a cluster"
+    http_status = 500
+    when = "The URL names a node of a Redis Cluster."
+    remedy = "Set the URL to a server outside of a cluster."
 
 
 class StoreUntrusted(StoreUnavailable):
@@ -183,6 +200,9 @@ class StoreUntrusted(StoreUnavailable):
     trips = False
     what = "is not trusted ({cause})"
     advice = "see its certificate, and port and ssl_ca_certs in {variable}"
+    http_status = 500
+    when = "A certificate, a port or the scheme of the URL is wrong."
+    remedy = "Correct `rediss://`, the port or the `ssl_` options of the URL."
 
 
 class Outage(NamedTuple):
@@ -286,6 +306,9 @@ class InvalidValue(RlmError, ValueError):
 
     code = "INVALID_VALUE"
     category = Category.VALIDATION
+    http_status = 422
+    when = "A call, a policy or a guard got a value of the wrong type or size."
+    remedy = "Correct the field that the message names."
 
     def __init__(self, field: str, value: Any, advice: str) -> None:
         self.field, self.value, self.advice = field, value, advice
@@ -333,6 +356,9 @@ class NeverSatisfiable(RlmError, ValueError):
 
     code = "NEVER_SATISFIABLE"
     category = Category.QUOTA
+    http_status = 422
+    when = "One call asks for more than the whole limit."
+    remedy = "Ask for less at once, or raise the limit."
 
     def __init__(self, what: str, amount: float, limit: float) -> None:
         self.what, self.amount, self.limit = what, amount, limit
@@ -352,6 +378,9 @@ class CallTimeout(RlmError, TimeoutError):
     category = Category.TIMEOUT
     retryable = True
     trips = True
+    http_status = 504
+    when = "The called code or its service is slow, or the limit is too short."
+    remedy = "Make the call shorter, or raise `timeout_s` or the item's limit."
 
     def __init__(self, what: str, limit_s: float) -> None:
         self.what, self.limit_s = what, limit_s
@@ -368,6 +397,9 @@ class RetryBudgetExhausted(RlmError):
     category = Category.TRANSIENT
     severity = Severity.HIGH
     trips = True
+    http_status = 503
+    when = "A service fails so often that retries would add to its load."
+    remedy = "Repair the service; its last error is in the message."
 
     def __init__(self, service: str, last: BaseException) -> None:
         self.service, self.last = service, last
@@ -386,6 +418,10 @@ class Denied(RlmError):
 
     severity = Severity.LOW
     retryable = True
+    retry_after_s: float
+    http_status = 503
+    when = "A guard that all workers share is at its limit."
+    remedy = "Try again after `retry_after_s` seconds."
 
     def __init__(self, guard: str, retry_after_s: float, why: str, *, noted: bool = False) -> None:
         self.guard, self.retry_after_s, self.why = guard, retry_after_s, why
@@ -398,6 +434,9 @@ class RateLimited(Denied):
 
     code = "RATE_LIMITED"
     category = Category.RATE_LIMITED
+    http_status = 429
+    when = "The calls of all processes have used the limit up."
+    remedy = "Try again after `retry_after_s` seconds, or raise the limit."
 
 
 class BulkheadFull(Denied):
@@ -405,6 +444,8 @@ class BulkheadFull(Denied):
 
     code = "BULKHEAD_FULL"
     category = Category.BULKHEAD_FULL
+    when = "As many calls as allowed run at this moment."
+    remedy = "Try again after `retry_after_s` seconds, or raise the bulkhead."
 
 
 def is_a(error: BaseException, kinds: type[T] | tuple[type[T], ...]) -> TypeIs[T]:

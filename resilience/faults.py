@@ -64,7 +64,45 @@ CANCELLED = Fault("CANCELLED", Category.CANCELLED, Severity.LOW, retryable=False
 OPERATION = Fault(
     "OPERATION_FAILED", Category.OPERATION, Severity.MEDIUM, retryable=False, trips=True
 )
-
+CODES = {
+    TRANSIENT: (
+        "A service cannot be reached, or answered with a 5xx.",
+        "Wait for the service; a retry policy of the operation repeats such items.",
+    ),
+    TIMEOUT: (
+        "A call, or the item, took longer than its limit.",
+        "Make the item smaller, or raise the limit.",
+    ),
+    RATE_LIMITED: (
+        "A service answered 429.",
+        "Declare `rate_limit` for the operation, so that its items wait.",
+    ),
+    RESOURCE: (
+        "The process had too little memory for the item.",
+        "Make the item smaller, or give the worker more memory.",
+    ),
+    WORKER_LOST: (
+        "The process ended while the item ran.",
+        "See the log of the worker for the reason; then retry the item.",
+    ),
+    INVALID: (
+        "The item is not valid, or a service refused it with a 4xx.",
+        "Correct the item, then call `job.retry_failed()`.",
+    ),
+    UNAUTHORISED: (
+        "A service refused the login with a 401 or 403.",
+        "Correct the key or the rights in the environment of the workers.",
+    ),
+    CANCELLED: (
+        "The operation raised a cancellation, or ended its process itself.",
+        "Remove `sys.exit` and the like from the operation.",
+    ),
+    OPERATION: (
+        "The operation raised an exception that has no other code.",
+        "Read `type`, `message` and `traceback` of the failure; mend the item or the operation.",
+    ),
+}
+"""Each fault of code that is not ours -> its cause, and what to do."""
 _STATUS = {
     401: UNAUTHORISED,
     403: UNAUTHORISED,

@@ -86,12 +86,17 @@ class InvalidRequest(InvalidValue):
     """A request that cannot be carried out; nothing was enqueued."""
 
     code = "INVALID_REQUEST"
+    when = "A field has a wrong name or value, or an action does not fit the job."
+    remedy = "Correct the field that the message names."
 
 
 class InvalidSettings(InvalidRequest):
     """A configuration that cannot be used: `issues` has a sentence for each mistake."""
 
     code = "INVALID_SETTINGS"
+    http_status = 500
+    when = "An environment variable has a wrong name or value."
+    remedy = "Correct the variables that the message names."
 
     def __init__(self, issues: Sequence[str]) -> None:
         self.issues = list(issues)
@@ -103,6 +108,9 @@ class FileOutsideRoot(InvalidRequest):
     """A file that is not below `RLM_FILES_ROOT`, after its links are followed."""
 
     code = "FILE_OUTSIDE_ROOT"
+    http_status = 403
+    when = "The operator allows files of one folder only."
+    remedy = "Move the file below `RLM_FILES_ROOT`."
 
     def __init__(self, path: str, root: str) -> None:
         super().__init__(
@@ -116,6 +124,8 @@ class UnknownOperation(InvalidRequest):
     """An operation that is not registered in this process."""
 
     code = "UNKNOWN_OPERATION"
+    when = "The name is misspelt, or the module of the operation was not imported."
+    remedy = "Correct the name, or add the module to `RLM_OPERATIONS`."
 
     def __init__(self, name: str, known: Iterable[str]) -> None:
         known = sorted(known)
@@ -130,6 +140,10 @@ class UnknownOperation(InvalidRequest):
 
 class UnknownToWorkers(UnknownOperation):
     """An operation that is registered in this process, but in no live worker of its queue."""
+
+    http_status = 503
+    when = "The workers run without the operation's module, or another release of it."
+    remedy = "Set `RLM_OPERATIONS` of the workers, and restart them."
 
     def __init__(self, name: str, queue: str, known: Iterable[str], *, module: str) -> None:
         named = sorted(each for each in known if not each.startswith("#"))
@@ -150,6 +164,9 @@ class UnknownToWorkers(UnknownOperation):
 
 class BrokerUnavailable(StoreUnavailable):
     """The broker does not answer, or refuses; it may be another server than the ledger's Redis."""
+
+    when = "The broker is down or unreachable, or refuses the login."
+    remedy = "Start the broker, or correct `RLM_BROKER_URL`."
 
     def __init__(self, url: str, cause: str, *, what: str = "", advice: str = "") -> None:
         super().__init__(
@@ -173,6 +190,9 @@ class JobNotFound(RlmError):
     """The ledger has no such job.  Has its `job_id`."""
 
     code = "JOB_NOT_FOUND"
+    http_status = 404
+    when = "The id is wrong, the namespace is another, or the results have expired."
+    remedy = "Check the id and `RLM_NAMESPACE`; keep results longer with `RLM_RESULT_TTL_S`."
 
     def __init__(self, job_id: str) -> None:
         self.job_id = job_id
@@ -189,6 +209,9 @@ class JobUnreadable(RlmError):
     """
 
     code = "JOB_UNREADABLE"
+    http_status = 500
+    when = "Another release wrote the job, or the record is damaged."
+    remedy = "Use the release that submitted the job, or submit it again."
 
     def __init__(self, job_id: str, why: str, what: str = "the specification") -> None:
         self.job_id, self.why, self.what = job_id, why, what
@@ -207,6 +230,9 @@ class JobEnded(RlmError):
     """
 
     code = "JOB_ENDED"
+    http_status = 500
+    when = "The job failed, expired or was cancelled."
+    remedy = "Look at `error.failures` and `error.result`."
 
     def __init__(self, result: JobResult, why: str, outline: str = "") -> None:
         """`why` and `outline` follow the id of the job: "failed at item 7: ..."."""
@@ -224,6 +250,8 @@ class JobFailed(JobEnded):
     """
 
     code = "JOB_FAILED"
+    when = "An item, the merge or a round raised an error."
+    remedy = "Look at `error.failures`; then call `job.retry_failed()`, or set `continue_on_error`."
 
     def __init__(self, result: JobResult, why: str, outline: str = "") -> None:
         super().__init__(result, why, outline)
@@ -237,12 +265,18 @@ class JobExpired(JobEnded):
     code = "TIMEOUT"
     category = Category.TIMEOUT
     trips = True
+    http_status = 504
+    when = "The job's `timeout` or `queue_timeout` was shorter than its work."
+    remedy = "Take `job.partial()`, allow more time, or add workers."
 
 
 class JobCancelled(JobEnded):
     """The job was cancelled or revoked."""
 
     code = "JOB_CANCELLED"
+    http_status = 409
+    when = "A person or a program cancelled the job."
+    remedy = "Submit it again, if it is still wanted."
 
 
 class ItemError(RlmError):
@@ -254,6 +288,9 @@ class ItemError(RlmError):
     """
 
     code = "ITEM_FAILED"
+    http_status = 500
+    when = "The operation raised an exception for an item."
+    remedy = "See the codes of failures below."
 
     def __init__(self, failure: ItemFailure) -> None:
         self.type, self.message = failure.type, failure.message
@@ -272,6 +309,9 @@ class ItemsUnreadable(RlmError):
 
     code = "ITEMS_UNREADABLE"
     category = Category.VALIDATION
+    http_status = 409
+    when = "The file of the job was changed, moved or deleted."
+    remedy = "Restore the file, or call `job.retry_failed(reread=True)`."
 
     def __init__(self, where: str, why: str, advice: str) -> None:
         self.where = where
@@ -287,6 +327,9 @@ class Quarantined(RlmError):
     code = "QUARANTINED"
     category = Category.POISON
     severity = Severity.HIGH
+    http_status = 500
+    when = "The item ends its process: a crash, or too much memory."
+    remedy = "Mend the item or the operation, then replay the item."
 
     def __init__(self, what: str, deaths: int, by: str) -> None:
         self.what, self.deaths, self.by = what, deaths, by
@@ -307,6 +350,9 @@ class ResultTimeout(RlmError, TimeoutError):
     category = Category.TIMEOUT
     retryable = True
     trips = True
+    http_status = 202
+    when = "The job needs more time than the caller waits."
+    remedy = "Ask again with the job's id."
 
     def __init__(self, job_id: str, waited_s: float) -> None:
         self.job_id, self.waited_s = job_id, waited_s
@@ -323,6 +369,9 @@ class OutputTooLarge(RlmError):
 
     code = "OUTPUT_TOO_LARGE"
     category = Category.VALIDATION
+    http_status = 500
+    when = "The operation returned more than `RLM_MAX_OUTPUT_BYTES`."
+    remedy = "Store the output as a file and return its path, or raise the limit."
 
     def __init__(self, what: str, size: int, limit: int) -> None:
         self.what, self.size, self.limit = what, size, limit
@@ -336,6 +385,9 @@ class ResultTooLarge(RlmError):
     """An answer too large to be built in memory.  Has `job_id`, and `size` and `limit` in bytes."""
 
     code = "RESULT_TOO_LARGE"
+    http_status = 500
+    when = "The outputs together exceed `RLM_MAX_RESULT_BYTES`."
+    remedy = "Iterate over `job.outputs()`, or raise the limit."
 
     def __init__(
         self, job_id: str, size: int, limit: int, advice: str = "iterate over job.outputs()"

@@ -37,6 +37,10 @@ class Overloaded(Denied):
 
     code = "OVERLOADED"
     category = Category.RESOURCE
+    when = "A host has too little CPU or memory left for a job of this priority."
+    remedy = (
+        'Try again after `retry_after_s` seconds, submit with `overload="delay"`, or add workers.'
+    )
 
     def __init__(self, guard: str, retry_after_s: float, why: str, *, noted: bool = False) -> None:
         super().__init__(guard, retry_after_s, why, noted=noted)
@@ -51,6 +55,8 @@ class QueueFull(Denied):
 
     code = "QUEUE_FULL"
     category = Category.RESOURCE
+    when = "Workers take messages more slowly than clients send them, or no worker does."
+    remedy = "Try again after `retry_after_s` seconds; start workers of the queue."
 
 
 def sheds(priority: str, level: Level) -> bool:

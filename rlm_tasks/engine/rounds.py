@@ -51,6 +51,9 @@ class RoundFailed(RlmError):
     """
 
     code = ROUND_FAILED
+    http_status = 500
+    when = "The job of a round failed, expired or was cancelled."
+    remedy = "Look at the failures of that round's job."
 
     def __init__(self, number: int, job_id: str, status: Status, why: str) -> None:
         self.job_id, self.status = job_id, status

@@ -58,6 +58,8 @@ class BudgetSpent(Denied):
 
     code = "BUDGET_SPENT"
     category = Category.QUOTA
+    when = "Earlier calls of the job have used its `budget` up."
+    remedy = "Submit the rest with a larger budget."
 
     def __init__(self, guard: str, retry_after_s: float, why: str, *, final: bool = False) -> None:
         self.final = final  # the calls in flight cannot leave enough either

@@ -31,6 +31,9 @@ class Misformed(RlmError):
 
     code = "MISFORMED_ANSWER"
     category = Category.VALIDATION
+    http_status = 502
+    when = "The model did not keep to the form, in spite of repairs."
+    remedy = "Make the form simpler, or use a larger model."
 
     def __init__(self, why: str) -> None:
         self.why = why

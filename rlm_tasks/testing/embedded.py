@@ -32,6 +32,9 @@ class NotStarted(RlmError):
     """A server or worker that did not start; the message has the end of its log."""
 
     code = "NOT_STARTED"
+    http_status = 500
+    when = "A program is missing, a port is in use, or the settings are wrong."
+    remedy = "Read the end of the log in the message."
 
 
 def server_binary() -> str:

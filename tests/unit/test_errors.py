@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import rlm_tasks.llm
+from docs.generate import HTTP_SOURCES, error_codes_page, errors
 from resilience.breaker import CircuitBreaker, CircuitOpen
 from resilience.errors import (
     Denied,
@@ -14,6 +18,7 @@ from resilience.errors import (
     StoreUnavailable,
     StoreUntrusted,
 )
+from resilience.faults import CODES
 from rlm_tasks.errors import (
     BrokerUnavailable,
     InvalidRequest,
@@ -28,7 +33,9 @@ from rlm_tasks.errors import (
     UnknownOperation,
 )
 from rlm_tasks.jobs.endings import Status
+from rlm_tasks.llm.wire import errors as answers
 from rlm_tasks.results import ItemFailure, JobResult, Metrics, SuccessfulItems
+from tests.integration.pages import PAGES
 from tests.unit.world import World, world
 
 __all__ = ["world"]
@@ -122,3 +129,49 @@ def test_refusals_and_wrong_requests_open_no_breaker(world: World, error: RlmErr
     for _ in range(10):
         attempt(breaker, error)
     assert (breaker.state, breaker.failure_count) == ("closed", 0)
+
+
+# --- the table of errors -----------------------------------------------------------------------
+
+ERRORS = errors()
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: error.__name__)
+def test_each_error_says_its_cause_what_to_do_and_its_http_status(error: type[RlmError]) -> None:
+    """A subclass has another cause than its base, or it would be no class of its own."""
+    assert {"when", "remedy"} <= vars(error).keys()
+    assert all(text[0].isupper() and text.endswith(".") for text in (error.when, error.remedy))
+    assert error.http_status in HTTP_SOURCES
+    assert error.__doc__
+
+
+def test_the_page_of_error_codes_equals_the_classes() -> None:
+    page = PAGES["docs/reference/error_codes.md"]
+
+    assert page == error_codes_page(), "run: make docs ARGS=--write"
+    for code in {each.code for each in ERRORS} | {each.code for each in CODES}:
+        assert f"| `{code}` |" in page
+
+
+def test_each_status_follows_from_whether_a_retry_helps() -> None:
+    """Only an outage that ends by itself is a 503, so that a client may repeat the call."""
+    by_status = {each.__name__: (each.http_status, each.retryable) for each in ERRORS}
+
+    assert {name for name, found in by_status.items() if found[0] == 503 and not found[1]} == {
+        "RetryBudgetExhausted",  # it is a retry already
+        "UnknownToWorkers",  # it ends when the workers are restarted
+    }
+    assert [name for name, found in by_status.items() if found[0] in (422, 500) and found[1]] == []
+
+
+def test_each_code_that_an_llm_error_may_have_is_in_the_table() -> None:
+    """Codes are written where a provider's answer is read."""
+    texts = [
+        file.read_text(encoding="utf-8") for file in Path(rlm_tasks.llm.__path__[0]).rglob("*.py")
+    ]
+    refused = {code for text in texts for code in re.findall(r'refused\(\s*"([A-Z_]+)"', text)}
+    without_text = {code for text in texts for code in re.findall(r'"([A-Z]+_[A-Z]+)" if', text)}
+
+    assert refused >= {"INSUFFICIENT_QUOTA", "MODEL_NOT_FOUND"}
+    assert refused == answers.REFUSALS.keys()
+    assert without_text <= answers.FAULTS.keys()

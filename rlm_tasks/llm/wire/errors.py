@@ -37,6 +37,9 @@ class UnusableAnswer(RlmError):
     category = Category.TRANSIENT
     retryable = True
     trips = True
+    http_status = 502
+    when = "The provider, or a gateway before it, sent a damaged answer."
+    remedy = "Look at the endpoint; the call is repeated by itself."
 
     def __init__(self, endpoint: str, why: str, usage: TokenUsage | None = None) -> None:
         self.endpoint, self.why, self.usage = endpoint, why, usage
@@ -52,6 +55,26 @@ FAULTS = {
     "ANSWER_EMPTY": "the answer has no text",
 }
 """The code of each answer without a text -> its cause, and what to do."""
+REFUSALS = {
+    "UNAUTHORISED": ("The provider refuses the key.", "Correct the key of the endpoint."),
+    "FORBIDDEN": ("The key has no right to the model or the call.", "Give the key the right."),
+    "INSUFFICIENT_QUOTA": ("The account has no credit left.", "Pay, or raise its limit."),
+    "MODEL_NOT_FOUND": (
+        "The provider does not have the model.",
+        "Correct `RLM_LLM__SMALL`, `RLM_LLM__MEDIUM` or `RLM_LLM__LARGE`.",
+    ),
+    "CONTEXT_LENGTH_EXCEEDED": (
+        "Prompt and answer together are longer than the model's context.",
+        "Make the item shorter, or lower `max_tokens`.",
+    ),
+    "REQUEST_TOO_LARGE": (
+        "One call needs more tokens than the account may use in a minute.",
+        "Make the item shorter, or raise the account's limit.",
+    ),
+    "CONTENT_FILTERED": ("A filter of the provider held the item back.", "Change the item."),
+    "INVALID_REQUEST": ("The provider does not accept the question.", "Do what the message says."),
+}
+"""The code of each refusal -> its cause, and what to do."""
 NO_ROOM = "; all max_tokens went into its reasoning, or none were left: raise max_tokens"
 
 
@@ -63,6 +86,9 @@ class NoAnswerText(RlmError):
     """
 
     category = Category.VALIDATION
+    http_status = 502
+    when = "The model or a filter of the provider refused the item."
+    remedy = "Change the item or the prompt."
 
     def __init__(self, model: str, code: str, finish: str = "") -> None:
         self.model, self.code = model, code
@@ -80,6 +106,9 @@ class ProviderRefused(RlmError):
 
     usage: TokenUsage | None = None
     said = ""  # the provider's own words in `why`
+    http_status = 502
+    when = "The key, the quota, the model or the size of the question is wrong."
+    remedy = "Do what the message says; the same call fails again."
 
     def __init__(
         self, endpoint: str, category: Category, code: str, why: str, status: int = 0
