@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rlm_tasks.cli.output import installed_app, say
+from rlm_tasks.cli.output import new_session, say, session_of
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -25,20 +25,6 @@ SHORT_ID = 8
 """Lists show this many characters of an id."""
 INTERRUPTED = 130
 """The exit code of shells for a command that Ctrl-C has ended."""
-_SESSION = "rlm_tasks.session"
-"""Its place in the memory of a command."""
-
-
-def session_of(ctx: click.Context) -> Session:
-    """Return the parts of a client of the app of ``celery -A``, without its operations."""
-    session: Session | None = ctx.meta.get(_SESSION)
-    return session or ctx.meta.setdefault(_SESSION, _new_session(getattr(ctx.obj, "app", None)))
-
-
-def _new_session(app: Any) -> Session:
-    from rlm_tasks.client.session import Session
-
-    return Session(installed_app(app))
 
 
 def job_of(ctx: click.Context, job_id: str) -> Job:
@@ -103,7 +89,7 @@ def _session_to_complete(ctx: click.Context) -> Session:
     from celery.app.utils import find_app
 
     named: Any = ctx.find_root().params.get("app")
-    return _new_session(find_app(named) if isinstance(named, str) else named)
+    return new_session(find_app(named) if isinstance(named, str) else named)
 
 
 job_argument = click.argument("job_id", metavar="JOB", shell_complete=_newest_ids)

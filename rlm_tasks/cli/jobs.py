@@ -15,7 +15,6 @@ from rlm_tasks.cli.job_ids import (
     goes_on,
     job_argument,
     job_of,
-    session_of,
     short,
 )
 from rlm_tasks.cli.output import (
@@ -24,11 +23,14 @@ from rlm_tasks.cli.output import (
     client_of,
     print_json,
     say,
+    session_of,
     shows_messages,
     table,
+    wide_option,
     word_of,
 )
-from rlm_tasks.cli.watching import explained, sentence_about, share_of, show_live
+from rlm_tasks.cli.tables import has_room
+from rlm_tasks.cli.watching import ended_items, explained, sentence_about, share_of, show_live
 
 if TYPE_CHECKING:
     from rlm_tasks.client.job import Job
@@ -42,11 +44,10 @@ NAMED = 8
 _AGE_PART = re.compile(r"(\d+(?:\.\d+)?)\s*(s|min|m|h|d)")
 _AGE = re.compile(rf"(?:{_AGE_PART.pattern}\s*)+")
 _UNITS_S = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86_400}
-_NARROW = ("job", "operation", "status", "progress", "failed", "age")
-_WIDE = (
-    *_NARROW,
-    *("priority", "items", "skipped", "nodes", "time", "submitted (UTC)", "description"),
-)
+_COLUMNS = ("job", "operation", "status", "progress", "failed", "age")
+_MORE = ("items", "skipped", "nodes", "time", "priority", "submitted (UTC)", "description")
+_ROOMY = 120
+"""From this width on a list has more columns than the first ones."""
 
 
 # --- the list ---------------------------------------------------------------------------------
@@ -72,7 +73,7 @@ def _statuses(_: click.Context, __: click.Parameter, incomplete: str) -> list[st
 @click.option("--since", help="Only jobs of the last 90s, 30min, 1h or 2d, or since a date.")
 @click.option("--open", "only_open", is_flag=True, help="Only jobs that have not ended.")
 @click.option("-q", "--quiet", is_flag=True, help="Only ids, one on each line.")
-@click.option("--wide", is_flag=True, help="All columns.")
+@wide_option
 @as_json_option
 @click.pass_context
 def jobs(
@@ -80,7 +81,6 @@ def jobs(
     /,
     limit: int,
     quiet: bool,
-    wide: bool,
     as_json: bool,
     **filters: Any,
 ) -> None:
@@ -93,12 +93,13 @@ def jobs(
     if as_json:
         print_json([_outline(spec, at) for spec, at in listed(ledger, shown)])
     elif quiet:
-        say("".join(f"{job}\n" for job in shown), nl=False)
+        click.echo("".join(f"{job}\n" for job in shown), nl=False)
     else:
         rows = listed(ledger, shown)
         now = ledger.clock()
-        columns = _WIDE if wide else _NARROW
-        table("Jobs", columns, (_row(*row, now)[: len(columns)] for row in rows))
+        columns = (*_COLUMNS, *(_MORE if has_room(_ROOMY) else ()))
+        cells = (_row(*row, now)[: len(columns)] for row in rows)
+        table("Jobs", columns, cells, minor=(*reversed(_MORE), "progress", "failed"))
         if len(found) > limit:
             say(f"These are the newest {limit:,}; --limit {limit * 5} shows more.")
 
@@ -145,20 +146,21 @@ def _outline(spec: JobSpec, at: Progress) -> dict[str, Any]:
 
 
 def _row(spec: JobSpec, at: Progress, now: float) -> tuple[Any, ...]:
-    from rlm_tasks.words import age, duration
+    from rlm_tasks.jobs.endings import shown
+    from rlm_tasks.words import duration
 
     return (
         short(spec.job),
         spec.operation,
-        word_of(at.status, at.failed, color=False),
+        shown(at.status, at.failed),
         f"{share_of(at):.0%}",
         at.failed,
-        age(now - at.submitted_at),
-        spec.priority,
+        duration(max(1.0, now - at.submitted_at)),
         at.total,
         at.skipped,
         at.nodes,
         duration(at.elapsed_s),
+        spec.priority,
         f"{datetime.fromtimestamp(at.submitted_at, UTC):%Y-%m-%d %H:%M:%S}",
         spec.description,
     )
@@ -217,7 +219,7 @@ def _show(ctx: click.Context, handle: Job) -> None:
         say(f"Trace: {handle.trace_id}")
     if failures:
         _show_kinds(failures)
-        say(f"Their places: {command(ctx, 'failures', handle.id)}")
+        say(f"Failed items: {command(ctx, 'failures', handle.id)}")
     if spent:
         from rlm_tasks.results import COLUMNS, rows
 
@@ -229,14 +231,14 @@ def _show(ctx: click.Context, handle: Job) -> None:
 def _heading(spec: JobSpec, at: Progress, now: float) -> str:
     from rlm_tasks.words import age, count, duration
 
-    ended = at.done + at.failed + at.skipped
-    took = f", in {duration(at.elapsed_s)}" if at.elapsed_s else ""
     about = f": {spec.description}" if spec.description else ""
+    ended = f"{ended_items(at):,} of {count(at.total, 'item')}, {at.failed:,} failed"
+    counts = "" if at.status.final else f" {share_of(at):.0%}: {ended},"
+    took = f" in {duration(at.elapsed_s)}" if at.elapsed_s else ""
     return (
         f"{spec.job}\n"
         f"{spec.operation}{about}\n"
-        f"{word_of(at.status, at.failed)}, {share_of(at):.0%}: {ended:,} of "
-        f"{count(at.total, 'item')}, {at.failed:,} failed, {count(at.nodes, 'node')}{took}\n"
+        f"{word_of(at.status, at.failed)},{counts} {count(at.nodes, 'node')}{took}\n"
         f"submitted {age(now - at.submitted_at)}, priority {spec.priority}"
     )
 
@@ -268,6 +270,7 @@ def _show_events(ctx: click.Context, job: str, events: list[JobEvent]) -> None:
 
 @click.command()
 @job_argument
+@wide_option
 @as_json_option
 @click.pass_context
 def tree(ctx: click.Context, job_id: str, as_json: bool) -> None:
@@ -278,6 +281,7 @@ def tree(ctx: click.Context, job_id: str, as_json: bool) -> None:
         print_json([asdict(node) for node in nodes])
         return
     columns = ("node", "range", "worked", "state", "ms", "worker", "why")
+    minor = ("worker", "worked", "ms", "why")
     rows = (
         (
             "  " * n.depth + n.id,
@@ -290,7 +294,7 @@ def tree(ctx: click.Context, job_id: str, as_json: bool) -> None:
         )
         for n in nodes
     )
-    table(f"Nodes of {handle.id}", columns, rows)
+    table(f"Nodes of {handle.id}", columns, rows, minor=minor)
     if nodes.note:
         say(nodes.note)
 

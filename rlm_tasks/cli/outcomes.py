@@ -13,9 +13,11 @@ from rlm_tasks.cli.output import (
     as_json_option,
     client_of,
     print_json,
+    printable,
     say,
     shows_messages,
     table,
+    wide_option,
     word_of,
 )
 from rlm_tasks.cli.watching import explained
@@ -83,16 +85,16 @@ def _show_output(result: JobResult) -> None:
     if result.status is not Status.SUCCEEDED:
         return
     if not isinstance(result.output, Outputs):
-        say(_brief(result.output))
+        click.echo(_brief(result.output))
         return
     for index, output in zip(result.successful[:OUTPUTS], result.output, strict=False):
-        say(f"{index}: {_brief(output)}")
+        click.echo(f"{index}: {_brief(output)}")
     if len(result.output) > OUTPUTS:
         say(f"and {len(result.output) - OUTPUTS:,} more; --json prints all")
 
 
 def _brief(output: Any) -> str:
-    text = str(output)
+    text = printable(output)
     if len(text) <= CHARACTERS:
         return text
     return f"{text[:CHARACTERS]}... ({len(text):,} characters; --json prints all)"
@@ -104,10 +106,11 @@ def _brief(output: Any) -> str:
 @click.command()
 @job_argument
 @click.option("--limit", default=50, show_default=True, type=click.IntRange(1), help="Most rows.")
+@wide_option
 @as_json_option
 @click.pass_context
 def failures(ctx: click.Context, job_id: str, limit: int, as_json: bool) -> None:
-    """List the failed items of a job: kind, code, place in the input, index.
+    """List the failed items of a job: kind, code, index, place in the input.
 
     Messages may contain items, so they are shown with RLM_SHOW_MESSAGES=1 only.
     """
@@ -131,12 +134,13 @@ def failures(ctx: click.Context, job_id: str, limit: int, as_json: bool) -> None
 
 
 def _show_failures(found: list[ItemFailure], shows: bool) -> None:
-    columns = ("kind", "code", "where", "index", *(("message",) if shows else ()))
-    rows = (
-        (each.type, each.code, each.where, each.index, *((each.message,) if shows else ()))
-        for each in found
-    )
-    table("Failures", columns, rows)
+    last = "where and message" if shows else "where"
+    rows = ((each.type, each.code, each.index, _place(each, shows)) for each in found)
+    table("Failures", ("kind", "code", "index", last), rows, minor=("code",))
+
+
+def _place(failure: ItemFailure, shows: bool) -> str:
+    return ": ".join(filter(None, (failure.where, failure.message if shows else "")))
 
 
 # --- events -----------------------------------------------------------------------------------
@@ -158,7 +162,7 @@ def events(ctx: click.Context, job_id: str, follow: bool, as_json: bool) -> None
             if as_json:
                 click.echo(json.dumps(asdict(each)))
             else:
-                say(_line(each))
+                say(_line(each), hang=2)
 
 
 def _line(event: JobEvent) -> str:

@@ -18,8 +18,11 @@ from rlm_tasks.cli.tables import wide_option as wide_option
 
 if TYPE_CHECKING:
     from rlm_tasks.client.client import Client
+    from rlm_tasks.client.session import Session
     from rlm_tasks.results import Status
 
+_SESSION = "rlm_tasks.session"
+"""The place of the session in the memory of a command."""
 EX_USAGE, EX_UNAVAILABLE, EX_FAILED = 2, 69, 1
 
 
@@ -61,10 +64,22 @@ def installed_app(app: Any) -> Any:
     return app if hasattr(app, "rlm_settings") else default_app()
 
 
+def session_of(ctx: click.Context) -> Session:
+    """Return the parts of a client of the app of ``celery -A``, without its operations."""
+    session: Session | None = ctx.meta.get(_SESSION)
+    return session or ctx.meta.setdefault(_SESSION, new_session(getattr(ctx.obj, "app", None)))
+
+
+def new_session(app: Any) -> Session:
+    """Return the parts of a client of an app, or of the platform's own one."""
+    from rlm_tasks.client.session import Session
+
+    return Session(installed_app(app))
+
+
 def shows_messages(ctx: click.Context) -> bool:
     """Whether commands show messages of failures, which may contain items."""
-    shows: bool = installed_app(getattr(ctx.obj, "app", None)).rlm_settings.show_messages
-    return shows
+    return session_of(ctx).settings.show_messages
 
 
 def print_json(document: Any) -> None:

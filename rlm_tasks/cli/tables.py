@@ -80,8 +80,7 @@ def table(
     if not cells:
         say(f"{title}: none")
         return
-    ctx = click.get_current_context(silent=True)
-    width = None if ctx and ctx.meta.get(_WIDE) else screen_width()
+    width = _room()
     shown = _fitting([*_columns(columns, cells)], minor, width)
     widths = _widths(shown, width)
     if title:
@@ -95,6 +94,18 @@ def table(
     ]
     names = {each.name for each in shown}
     _say_rest([name for name in columns if name not in names], cut)
+
+
+def has_room(width: int) -> bool:
+    """Return whether tables may be so wide: on a screen of this width, in a pipe, with --wide."""
+    room = _room()
+    return room is None or room >= width
+
+
+def _room() -> int | None:
+    """Return the greatest width of a table, None for any width."""
+    ctx = click.get_current_context(silent=True)
+    return None if ctx and ctx.meta.get(_WIDE) else screen_width()
 
 
 def _cell(value: Cell) -> tuple[str, str]:

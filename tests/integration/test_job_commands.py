@@ -39,7 +39,7 @@ def waiting(client_without_worker: Client) -> tuple[Client, str]:
 
 def cells(line: str) -> list[str]:
     """Return the cells of a row of a table."""
-    return [cell.strip() for cell in re.split(r"│|  +", line.strip("│ ")) if cell.strip()]
+    return re.split(" {2,}", line.strip())
 
 
 # --- the list ---------------------------------------------------------------------------------
@@ -51,7 +51,7 @@ def test_a_row_has_short_id_operation_status_progress_failures_and_age(
     [row] = [line for line in run(client, "jobs").stdout.splitlines() if ended[:8] in line]
 
     assert cells(row)[:5] == [ended[:8], "fail_odd", "succeeded with failures", "100%", "20"]
-    assert re.fullmatch(r"[\d.]+ (ms|s|min) ago", cells(row)[5])
+    assert re.fullmatch(r"[\d.]+ (s|min)", cells(row)[5])
 
 
 def test_wide_rows_have_the_description_and_the_time_of_submission(
@@ -137,6 +137,20 @@ def test_a_wrong_option_is_named_and_nothing_is_enqueued(
     assert client_without_worker.jobs() == []
 
 
+@pytest.mark.parametrize("columns", [80, 40])
+def test_lists_and_jobs_fit_the_screen(
+    client: Client, ended: str, monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for arguments in (["jobs"], ["job", ended], ["tree", ended], ["failures", ended]):
+        lines = run(client, *arguments).stdout.splitlines()
+        assert max(map(len, lines)) <= columns, arguments
+    rows = [line for line in run(client, "jobs").stdout.splitlines() if ended[:8] in line]
+    assert len(rows) == 1
+    if columns == 80:
+        assert cells(rows[0])[1:5] == ["fail_odd", "succeeded with failures", "100%", "20"]
+
+
 # --- short ids --------------------------------------------------------------------------------
 
 
@@ -177,7 +191,7 @@ def test_each_command_takes_the_beginning_of_an_id(
 @pytest.mark.parametrize(
     ("operation", "items", "code", "texts"),
     [
-        ("echo", [1, 2], 0, ["2 of 2 items, succeeded, 100%", "succeeded: 2 of 2 items done", "rlm result"]),
+        ("echo", [1, 2], 0, ["2 of 2 items, succeeded", "succeeded: 2 of 2", "rlm result"]),
         ("fail_odd", [2, 3, 4], 1, ["failed because an item failed", "rlm failures"]),
         ("bad_merge", [1], 1, ["failed", "ZeroDivisionError"]),
     ],
@@ -327,11 +341,10 @@ def test_failures_have_kind_code_place_and_index(
     done = run(client, "failures", job[:8])
     assert done.exit_code == 0, done.output
     rows = [cells(line) for line in done.stdout.splitlines() if "TypeError" in line]
-    assert [row[:2] + row[-1:] for row in rows] == [
-        ["TypeError", "OPERATION_FAILED", "0"],
-        ["TypeError", "OPERATION_FAILED", "1"],
+    assert rows == [
+        ["TypeError", "OPERATION_FAILED", "0", f"{path}, line 1"],
+        ["TypeError", "OPERATION_FAILED", "1", f"{path}, line 2"],
     ]
-    assert "numbers.txt, line 1" in done.stdout
     assert "not all arguments" not in done.stdout
     assert f"rlm retry {job[:8]}" in done.stdout
     assert [set(each) for each in run_json(client, "failures", job)] == [
