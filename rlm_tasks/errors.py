@@ -196,9 +196,10 @@ class JobNotFound(RlmError):
 
     def __init__(self, job_id: str) -> None:
         self.job_id = job_id
+        short = "; a short id has at least 4 characters" if len(job_id) < 4 else ""
         super().__init__(
             f"job {job_id} is unknown: a wrong id, another namespace, its results have expired, or "
-            "Redis has lost its data"
+            f"Redis has lost its data{short}; `rlm jobs` and client.jobs() list the known jobs"
         )
 
 

@@ -44,8 +44,7 @@ def result(ctx: click.Context, job_id: str, wait_s: float, as_json: bool) -> Non
 
     The exit code is 1 for a job without a full answer, and for one that still runs.
     """
-    from rlm_tasks.errors import ResultTimeout
-    from rlm_tasks.jobs.endings import ENDINGS
+    from rlm_tasks.errors import JobEnded, ResultTimeout
 
     job = client_of(ctx).job(job_id)
     try:
@@ -56,15 +55,16 @@ def result(ctx: click.Context, job_id: str, wait_s: float, as_json: bool) -> Non
         wait = f"{command(ctx, 'result', job.id)} --wait 60"
         say(f"Job {short(job.id)} has not ended. To wait for it: {wait}", err=True)
         ctx.exit(1)
-    found = job.result(propagate=False)
+    try:
+        found, ended = job.result(), None
+    except JobEnded as error:
+        found, ended = error.result, error
     print_result(ctx, found, as_json)
-    has_answer = ENDINGS[found.status].error is None and found.error is None
-    if not as_json:
-        if not has_answer:
-            say(explained(ctx, job), err=True)
-        if found.failed_count:
-            say(f"Failed items: {command(ctx, 'failures', job.id)}", err=True)
-    ctx.exit(0 if has_answer else 1)
+    if ended is not None and not as_json:
+        say(explained(ctx, job), err=True)
+    if found.failed_count and not as_json:
+        say(f"Failed items: {command(ctx, 'failures', job.id)}", err=True)
+    ctx.exit(0 if ended is None else 1)
 
 
 def print_result(ctx: click.Context, result: JobResult, as_json: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import time
@@ -41,13 +42,18 @@ def watch_to_the_end(ctx: click.Context, job: Job) -> None:
     from rlm_tasks.jobs.endings import ENDINGS
 
     with goes_on(ctx, job):
-        last = show_live(ctx, job) if sys.stdout.isatty() else _print_changes(ctx, job)
+        last = show_live(ctx, job) if _is_screen() else _print_changes(ctx, job)
     say(sentence_about(ctx, job))
     if last.failed:
         say(f"Failed items: {command(ctx, 'failures', job.id)}")
     if ENDINGS[last.status].error is not None:
         ctx.exit(1)
     say(f"Answer: {command(ctx, 'result', job.id)}")
+
+
+def _is_screen() -> bool:
+    """Whether stdout is a terminal whose lines can be drawn anew."""
+    return sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def explained(ctx: click.Context, job: Job) -> str:

@@ -327,6 +327,19 @@ def test_a_job_without_an_answer_exits_with_1_and_says_why(
     assert done.stdout == "cancelled: 0 done, 0 failed, 2 skipped\n"
 
 
+def test_a_result_that_is_too_large_says_what_to_do(
+    client: Client, environment: dict[str, str], ended: str
+) -> None:
+    job = client.submit(operation="echo", items=["x" * 1000] * 10)
+    job.wait(timeout=30)
+    with client_of({**environment, "RLM_MAX_RESULT_BYTES": "5000"}) as small:
+        done = run(small, "result", job.id[:8])
+        assert run(small, "result", ended).exit_code == 0
+
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert "more than RLM_MAX_RESULT_BYTES=5000; iterate over job.outputs()" in done.stderr
+
+
 def test_failures_have_kind_code_place_and_index(
     client: Client, environment: dict[str, str], tmp_path: Path
 ) -> None:
@@ -400,6 +413,15 @@ def test_params_of_the_command_reach_the_operation(client: Client, tmp_path: Pat
     job = client.job(run(client, "submit", *options).stdout.strip())
 
     assert client.ledger.spec(job.id).params == {"a": [1, None]}  # type: ignore[union-attr]
+
+
+def test_lines_of_a_file_are_planned(client: Client, tmp_path: Path) -> None:
+    path = tmp_path / "words.txt"
+    path.write_text("one\nthree\n", encoding="utf-8")
+
+    planned = run_json(client, "plan", "--operation", "count_characters", "--lines", str(path))
+
+    assert [each["items"] for each in planned["rounds"]] == [2]
 
 
 def test_cancel_says_what_happened(waiting: tuple[Client, str]) -> None:
