@@ -9,7 +9,7 @@ import difflib
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from datetime import date, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 from resilience.errors import RlmError
@@ -25,10 +25,12 @@ from rlm_tasks.words import age
 
 SHORT_ID = 8
 """Lists show this many characters of an id."""
-_BEGINNING = re.compile(r"[0-9a-f][0-9a-f-]{3,34}")
-"""A short id: at least 4 characters of an id, which has 36."""
+_BEGINNING = re.compile(r"[0-9a-f][0-9a-f-]{3,35}")
+"""A short id has at least 4 characters of an id, which has 36."""
 _EPOCH_S = 1e9
 """An age of this many seconds is no age but a time since 1970."""
+_END_S = 253_402_300_800
+"""The end of the year 9999."""
 
 
 # --- by the beginning of an id ----------------------------------------------------------------
@@ -116,18 +118,25 @@ def _since_ms(ledger: Ledger, since: Any) -> int:
     """Return the ms since 1970 from which a job counts.  Raises InvalidRequest."""
     if since is None:
         return 0
-    if isinstance(since, datetime):  # without a zone it is local time
-        return math.ceil(since.timestamp() * 1000)
-    if isinstance(since, timedelta):
-        since = since.total_seconds()
-    if isinstance(since, bool | date) or not isinstance(since, int | float):
+    if isinstance(since, datetime):
+        return _ms_of(since)
+    seconds = since.total_seconds() if isinstance(since, timedelta) else since
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float):
         raise InvalidRequest("since", since, "must be seconds, a timedelta or a datetime")
-    if not 0 <= since < math.inf:
+    if not 0 <= seconds < math.inf:
         raise InvalidRequest("since", since, "must be an age of 0 s or more, such as 3600")
-    if since >= _EPOCH_S:
+    if seconds is since and seconds >= _EPOCH_S:
         advice = "an age in seconds is meant; for a time pass datetime.fromtimestamp(...)"
         raise InvalidRequest("since", since, advice)
-    return ledger.clock.now_ms() - math.floor(since * 1000)
+    return ledger.clock.now_ms() - math.floor(seconds * 1000)
+
+
+def _ms_of(at: datetime) -> int:
+    """Return a time as ms since 1970; without a zone it is local time."""
+    try:
+        return math.ceil(at.timestamp() * 1000)
+    except (ValueError, OverflowError, OSError):  # the year 1, or 9999, in a zone of this machine
+        return 0 if at.year < 1970 else _END_S * 1000
 
 
 # --- their specification and progress ---------------------------------------------------------

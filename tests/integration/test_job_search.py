@@ -86,6 +86,9 @@ def history(server: embedded.Server) -> Iterator[tuple[Client, dict[str, list[st
         ({"since": datetime.now(UTC) - timedelta(hours=3)}, ["recent"]),
         ({"since": datetime.now() - timedelta(hours=3)}, ["recent"]),  # local time
         ({"operation": "no such operation"}, []),
+        ({"since": datetime.min, "operation": "echo"}, ["echo"]),
+        ({"since": timedelta.max, "operation": "echo"}, ["echo"]),
+        ({"since": datetime.max}, []),
     ],
 )
 def test_each_filter_that_is_given_must_match(
@@ -181,7 +184,15 @@ def test_the_beginning_of_an_id_finds_the_job(
     client, kinds = history
     [job] = opened(client, 1, "echo")
 
-    for short in (job[:8], job[:13], job[:35], job[:8].upper(), f" {job[:8]}…", job):
+    for short in (
+        job[:8],
+        job[:13],
+        job[:35],
+        job[:8].upper(),
+        f" {job[:8]}…",
+        job,
+        f"{job.upper()} ",
+    ):
         assert client.job(short).id == job
     assert client.job(kinds["old"][7][:20]).id == kinds["old"][7]
 
