@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import redis.connection
 
-from rlm_tasks import Client, InvalidRequest, JobNotFound, Status
+from rlm_tasks import Client, InvalidRequest, JobNotFound, Status, StoreUnavailable
 from rlm_tasks.requests import JobRequest
 from rlm_tasks.testing import embedded
 from tests.integration.conftest import client_of, environment_of
@@ -244,3 +244,30 @@ def test_a_full_id_takes_one_round_trip(
         client_without_worker.job(job)
 
     assert trips.count == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "call"),
+    [
+        ("hgetall", lambda client: client.listed()),
+        ("hmget", lambda client: client.jobs(status="pending")),
+        ("hmget", lambda client: client.at_work()),
+    ],
+)
+def test_a_missing_right_is_an_error_and_no_empty_list(
+    server: embedded.Server, command: str, call: Callable[[Client], Any]
+) -> None:
+    environment = environment_of(server.url, f"without-{command}")
+    with client_of(environment) as client:
+        opened(client, 1, "sum")
+        rights = ["+@all", f"-{command}"]
+        client.store.client.acl_setuser(
+            "limited", enabled=True, reset=True, nopass=True, keys=["*"], commands=rights
+        )
+    url = server.url.replace("redis://", "redis://limited:any@")
+    with (
+        client_of({**environment, "RLM_REDIS_URL": url}) as limited,
+        pytest.raises(StoreUnavailable) as refused,
+    ):
+        call(limited)
+    assert command in str(refused.value).lower()
