@@ -15,10 +15,17 @@ NAMED = 3
 """A list names this many, and counts the others."""
 
 
+def figure(number: float) -> str:
+    """Return a number with the digits that matter: "1,200", "2.25", "0.00007", never "1e+07"."""
+    if not number % 1 or abs(number) >= 1000:
+        return f"{number:,.0f}"
+    decimals = 2 if abs(number) >= 1 else 1 - math.floor(math.log10(abs(number)))
+    return f"{number:.{decimals}f}".rstrip("0").rstrip(".")
+
+
 def count(number: float, noun: str) -> str:
     """Return a number with its noun: "1 node", "1,200 nodes", "0 nodes", "0.5 seconds"."""
-    shown = f"{number:,}" if isinstance(number, int) else f"{number:,.6g}"
-    return f"{shown} {noun if number == 1 else noun + 's'}"
+    return f"{figure(number)} {noun if number == 1 else noun + 's'}"
 
 
 def duration(seconds: float) -> str:
@@ -34,6 +41,13 @@ def duration(seconds: float) -> str:
 def age(seconds: float) -> str:
     """Return how long ago something was: "74 s ago"."""
     return f"{duration(seconds)} ago"
+
+
+def next_probe(state: str, retry_after_s: float) -> str:
+    """Return when a breaker lets a call probe its service: "in 12 s"; '' for a closed one."""
+    if state == "closed":
+        return ""
+    return f"in {duration(retry_after_s)}" if retry_after_s else "at the next call"
 
 
 def clock(at: float) -> str:

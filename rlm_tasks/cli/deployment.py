@@ -8,10 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rlm_tasks.cli.output import answer, as_json_option, client_of, print_json, say, table
+from rlm_tasks.cli.output import (
+    answer,
+    as_json_option,
+    client_of,
+    colored,
+    print_json,
+    printable,
+    say,
+    table,
+    wide_option,
+)
 
 if TYPE_CHECKING:
     from rlm_tasks.settings.model import Settings
+    from rlm_tasks.tones import Tone
 
 
 # --- configuration ----------------------------------------------------------------------------
@@ -31,6 +42,7 @@ def _settings(ctx: click.Context) -> Settings:
 
 @config.command()
 @click.option("--changed", is_flag=True, help="Only settings that differ from their default.")
+@wide_option
 @as_json_option
 @click.pass_context
 def show(ctx: click.Context, changed: bool, as_json: bool) -> None:
@@ -45,6 +57,7 @@ def show(ctx: click.Context, changed: bool, as_json: bool) -> None:
         "Settings",
         ("variable", "value", "default", "description"),
         ((each.variable, _brief(each.value), _brief(each.default), each.about) for each in rows),
+        minor=("default",),
     )
 
 
@@ -81,7 +94,7 @@ def export(ctx: click.Context, file: Path | None) -> None:
 
     text = export_config(_settings(ctx))
     if file is None:
-        say(text)
+        click.echo(text)
     else:
         file.write_text(text + "\n", encoding="utf-8")
 
@@ -94,11 +107,16 @@ def import_(file: Any, as_json: bool) -> None:
     from rlm_tasks.settings.document import as_environment, import_config
 
     variables = as_environment(import_config(file.read()))
-    answer(variables, "\n".join(f"{name}={value}" for name, value in variables.items()), as_json)
+    if as_json:
+        print_json(variables)
+        return
+    for name, value in variables.items():
+        click.echo(printable(f"{name}={value}"))
 
 
 @config.command()
 @click.argument("file", type=click.File("rb"), required=False)
+@wide_option
 @as_json_option
 def optimization(file: Any, as_json: bool) -> None:
     """Show the settings that the keys of an OptimizationConfig set: of a JSON file, or defaults."""
@@ -115,6 +133,7 @@ def optimization(file: Any, as_json: bool) -> None:
         "Optimization",
         ("key", "value", "sets", "note"),
         ((each.key, json.dumps(each.value), each.sets or "nothing", each.why) for each in effects),
+        minor=("value",),
     )
 
 
@@ -136,14 +155,16 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
         print_json([asdict(each) for each in findings])
     else:
         for each in findings:
-            say(f"{_MARKS[each.state]} {each.check}: {each.found}")
+            mark = colored(f"{_MARKS[each.state]:>7}", _TONES[each.state])
+            say(f"{mark}  {each.check}: {each.found}", hang=9)
             if each.advice:
-                say(f"         {each.advice}")
+                say(f"{'':9}{each.advice}")
     if any(each.state == "fault" for each in findings):
         ctx.exit(1)
 
 
-_MARKS = {"ok": "     ok ", "warning": "WARNING ", "fault": "  FAULT "}
+_MARKS = {"ok": "ok", "warning": "WARNING", "fault": "FAULT"}
+_TONES: dict[str, Tone] = {"ok": "success", "warning": "warning", "fault": "danger"}
 
 
 @click.command()
@@ -157,7 +178,7 @@ def bundle(ctx: click.Context, file: Path | None, job_id: str | None) -> None:
     client = client_of(ctx)
     text = json.dumps(collect(client, client.app, job_id), indent=2, default=str)
     if file is None:
-        say(text)
+        click.echo(text)
     else:
         file.write_text(text + "\n", encoding="utf-8")
         say(f"Written to {file}; read it before you send it")

@@ -13,6 +13,7 @@ import click
 
 from rlm_tasks.cli.screen import printable as printable
 from rlm_tasks.cli.screen import say as say
+from rlm_tasks.cli.tables import colored as colored
 from rlm_tasks.cli.tables import table as table
 from rlm_tasks.cli.tables import wide_option as wide_option
 
@@ -100,13 +101,4 @@ def word_of(status: Status, failed: int, *, color: bool = True) -> str:
     from rlm_tasks.jobs.endings import shown
 
     word, tone = shown(status, failed)
-    return click.style(word, fg="yellow") if color and tone == "warning" else word
-
-
-def ago(at: float, now: float) -> str:
-    """Return the age of a time in the largest fitting unit, such as "3 min ago"."""
-    seconds = max(0.0, now - at)
-    for size, unit in ((86_400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= size:
-            return f"{seconds / size:.0f} {unit} ago"
-    return f"{seconds:.0f} s ago"
+    return colored(word, tone) if color else word

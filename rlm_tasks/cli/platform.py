@@ -7,14 +7,27 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rlm_tasks.cli.output import ago, answer, as_json_option, client_of, print_json, say, table
+from rlm_tasks.cli.output import (
+    answer,
+    as_json_option,
+    client_of,
+    print_json,
+    say,
+    table,
+    wide_option,
+)
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from rlm_tasks.cli.tables import Row
     from rlm_tasks.client.client import Client
     from rlm_tasks.client.platform_status import PlatformStatus
+    from rlm_tasks.tones import Tone
 
 
 @click.command()
+@wide_option
 @as_json_option
 @click.pass_context
 def status(ctx: click.Context, as_json: bool) -> None:
@@ -24,9 +37,11 @@ def status(ctx: click.Context, as_json: bool) -> None:
     if as_json:
         print_json(platform.to_dict())
         return
-    say(_sentence(platform, client))
+    say(_sentence(platform, client) + "\n")
     _show_hosts(platform)
+    say("")
     table("At work", ("operation", "nodes"), sorted(platform.active.items()))
+    say("")
     _show_operations(platform.operations)
 
 
@@ -37,33 +52,34 @@ def _sentence(platform: PlatformStatus, client: Client) -> str:
 
 
 def _show_hosts(platform: PlatformStatus) -> None:
-    columns = ("worker", "level", "why", "slots", "busy", "CPU %", "memory %", "queues")
+    columns = ("worker", "level", "busy", "CPU", "memory", "queues", "why")
     rows = (
         (
             host.worker,
-            _label(host.level),
-            host.why,
-            host.slots,
-            host.busy,
-            f"{host.sample.cpu_pct:.0f}" if host.sample else "?",
-            f"{host.sample.memory_pct:.0f}" if host.sample else "?",
+            _level(host.level),
+            f"{host.busy} of {host.slots}",
+            f"{host.sample.cpu_pct:.0f} %" if host.sample else "?",
+            f"{host.sample.memory_pct:.0f} %" if host.sample else "?",
             ", ".join(host.queues),
+            host.why,
         )
         for host in platform.hosts
     )
-    table("Workers", columns, rows)
+    table("Workers", columns, rows, minor=("queues", "memory", "CPU", "busy"))
 
 
-def _label(level: int) -> str:
+def _level(level: int) -> tuple[str, Tone]:
     from resilience.degradation import Level
+    from rlm_tasks.tones import level_tone
 
-    return Level(level).label
+    return Level(level).label, level_tone(Level(level))
 
 
 # --- pressure ---------------------------------------------------------------------------------
 
 
 @click.group(invoke_without_command=True)
+@wide_option
 @as_json_option
 @click.pass_context
 def pressure(ctx: click.Context, as_json: bool) -> None:
@@ -86,7 +102,7 @@ def pressure(ctx: click.Context, as_json: bool) -> None:
         print_json({name: value for name, value in platform.to_dict().items() if name in names})
         return
     say(_sentence(platform, client))
-    say(f"Left out at this level: {', '.join(platform.strategies) or 'nothing'}")
+    say(f"Left out at this level: {', '.join(platform.strategies) or 'nothing'}\n")
     _show_hosts(platform)
 
 
@@ -103,10 +119,12 @@ def pressure(ctx: click.Context, as_json: bool) -> None:
 @click.pass_context
 def force(ctx: click.Context, level: str, for_s: float, as_json: bool) -> None:
     """Begin a drill: all workers act on a level (normal, elevated, high, critical, emergency)."""
+    from rlm_tasks.words import duration
+
     client_of(ctx).pressure.force(level, for_s)
     answer(
         {"forced": level, "for_s": for_s},
-        f"All workers act on {level}, within a second, for {for_s:g} s",
+        f"All workers act on {level}, within a second, for {duration(for_s)}",
         as_json,
     )
 
@@ -127,6 +145,7 @@ def release(ctx: click.Context, as_json: bool) -> None:
     show_default=True,
     help="Number of measurements, the newest first.",
 )
+@wide_option
 @as_json_option
 @click.pass_context
 def history(ctx: click.Context, limit: int, as_json: bool) -> None:
@@ -138,28 +157,32 @@ def history(ctx: click.Context, limit: int, as_json: bool) -> None:
     if as_json:
         print_json(to_builtins(measurements))
         return
-    columns = ("when", "level", "why", "slots", "busy", "CPU %", "memory %", "messages")
+    from rlm_tasks.words import age, clock
+
+    columns = ("when", "at", "level", "busy", "CPU", "memory", "messages", "why")
     now = client.ledger.clock()
     rows = (
         (
-            ago(each.at, now),
-            _label(each.level),
-            each.why,
-            each.slots,
-            each.busy,
-            f"{each.cpu_pct:.0f}",
-            f"{each.memory_pct:.0f}",
+            age(now - each.at),
+            clock(each.at),
+            _level(each.level),
+            f"{each.busy} of {each.slots}",
+            f"{each.cpu_pct:.0f} %",
+            f"{each.memory_pct:.0f} %",
             sum(queue.depth for queue in each.queues.values()),
+            each.why,
         )
         for each in measurements
     )
-    table("Recent pressure", columns, rows)
+    minor = ("memory", "at", "CPU", "messages", "busy")
+    table("Recent pressure", columns, rows, minor=minor)
 
 
 # --- breakers, limits, queues -----------------------------------------------------------------
 
 
 @click.group(invoke_without_command=True)
+@wide_option
 @as_json_option
 @click.pass_context
 def breakers(ctx: click.Context, as_json: bool) -> None:
@@ -171,18 +194,22 @@ def breakers(ctx: click.Context, as_json: bool) -> None:
     if as_json:
         print_json(states)
         return
+    from rlm_tasks.tones import BREAKER_TONES
+    from rlm_tasks.words import age, next_probe
+
     now = client.ledger.clock()
     rows = (
         (
             name,
-            at["state"],
+            (at["state"], BREAKER_TONES[at["state"]]),
             at["failure_count"],
-            ago(at["last_failure_time"], now) if at["last_failure_time"] else "never",
-            f"in {at['retry_after_s']:.0f} s" if at["retry_after_s"] else "",
+            age(now - at["last_failure_time"]) if at["last_failure_time"] else "never",
+            next_probe(at["state"], at["retry_after_s"]),
         )
         for name, at in states.items()
     )
-    table("Breakers", ("service", "state", "failures", "last failure", "next probe"), rows)
+    columns = ("service", "state", "failures", "last failure", "next probe")
+    table("Breakers", columns, rows, minor=("failures", "last failure"))
 
 
 @breakers.command()
@@ -206,6 +233,7 @@ def reset(ctx: click.Context, name: str | None, every: bool, as_json: bool) -> N
 
 
 @click.group(invoke_without_command=True)
+@wide_option
 @as_json_option
 @click.pass_context
 def limits(ctx: click.Context, as_json: bool) -> None:
@@ -219,24 +247,23 @@ def limits(ctx: click.Context, as_json: bool) -> None:
     if as_json:
         print_json([{**asdict(each), "fill": each.fill} for each in reports])
         return
-    rows = (
+    from rlm_tasks.words import duration, figure
+
+    rows: Iterable[Row] = (
         (
             each.service,
             each.name,
-            f"{each.used:g}",
-            f"{each.limit:g}",
-            f"in {each.per_s:g} s" if each.per_s else "at once",
-            f"{each.fill:.0%}",
+            f"{figure(each.used)} of {figure(each.limit)}",
+            f"in {duration(each.per_s)}" if each.per_s else "at once",
+            (f"{each.fill:.0%}", "warning" if each.fill >= 1 else ""),
             each.waiting,
-            f"for {each.hold_s:.1f} s" if each.hold_s else "",
+            f"for {duration(each.hold_s)}" if each.hold_s else "",
         )
         for each in reports
     )
-    table(
-        "Limits",
-        ("service", "of", "used", "limit", "per", "full", "in line", "held by the provider"),
-        rows,
-    )
+    columns = ("service", "limit", "used", "per", "full", "in line", "held by the provider")
+    minor = ("held by the provider", "in line", "full", "per")
+    table("Limits", columns, rows, minor=minor)
 
 
 @limits.command("release")
@@ -245,8 +272,11 @@ def limits(ctx: click.Context, as_json: bool) -> None:
 @click.pass_context
 def release_limit(ctx: click.Context, name: str, as_json: bool) -> None:
     """End the pause of a limit that its provider asked for; calls are made at once."""
+    from rlm_tasks.words import duration
+
     rest_s = client_of(ctx).release_limit(name)
-    said = f"The pause of {name} has ended, {rest_s:.0f} s early" if rest_s else "There is no pause"
+    ended = f"The pause of {name} has ended, {duration(rest_s)} early"
+    said = ended if rest_s else "There is no pause"
     answer({"released": name, "rest_s": rest_s}, said, as_json)
 
 
@@ -256,6 +286,7 @@ def release_limit(ctx: click.Context, name: str, as_json: bool) -> None:
     is_flag=True,
     help="Check them now, from this machine and with its keys; workers do not get the results.",
 )
+@wide_option
 @as_json_option
 @click.pass_context
 def endpoints(ctx: click.Context, check: bool, as_json: bool) -> None:
@@ -269,37 +300,34 @@ def endpoints(ctx: click.Context, check: bool, as_json: bool) -> None:
     if as_json:
         print_json([asdict(each) for each in reports])
         return
-    rows = (
+    from rlm_tasks.tones import BREAKER_TONES
+    from rlm_tasks.words import age, duration, figure
+
+    rows: Iterable[Row] = (
         (
             each.name,
+            ("healthy", "success") if each.healthy else ("UNHEALTHY", "danger"),
+            (each.breaker, BREAKER_TONES.get(each.breaker, "")),
+            each.strikes,
+            "" if each.latency_ms is None else duration(each.latency_ms / 1000),
+            "never" if each.checked_s_ago is None else age(each.checked_s_ago),
+            figure(each.weight),
             each.host or "OPENAI_BASE_URL",
             ", ".join(each.models) or "all",
-            f"{each.weight:g}",
-            "healthy" if each.healthy else "UNHEALTHY",
-            each.strikes,
-            "" if each.latency_ms is None else f"{each.latency_ms:.0f} ms",
-            "never" if each.checked_s_ago is None else f"{each.checked_s_ago:.0f} s ago",
-            each.breaker,
             each.why,
         )
         for each in reports
     )
     columns = (
-        "endpoint",
-        "host",
-        "models",
-        "weight",
-        "state",
-        "strikes",
-        "latency",
-        "checked",
-        "breaker",
-        "why",
+        *("endpoint", "state", "breaker", "strikes", "latency", "checked"),
+        *("weight", "host", "models", "why"),
     )
-    table("Endpoints", columns, rows)
+    minor = ("weight", "strikes", "host", "models", "checked", "latency", "breaker")
+    table("Endpoints", columns, rows, minor=minor)
 
 
 @click.command()
+@wide_option
 @as_json_option
 @click.pass_context
 def queues(ctx: click.Context, as_json: bool) -> None:
@@ -319,22 +347,26 @@ def queues(ctx: click.Context, as_json: bool) -> None:
             ]
         )
         return
-    rows = (
+    from rlm_tasks.words import duration, listed
+
+    rows: Iterable[Row] = (
         (
             name,
             at.depth,
-            "" if at.oldest_s is None else f"{at.oldest_s:.1f} s",
-            ", ".join(consumers.get(name, [])) or "NOBODY",
+            "" if at.oldest_s is None else duration(at.oldest_s),
+            listed(consumers[name]) if consumers.get(name) else ("NOBODY", "danger"),
         )
         for name, at in reports.items()
     )
-    table("Queues", ("queue", "messages", "the oldest waits", "consumed by"), rows)
+    columns = ("queue", "messages", "oldest", "consumed by")
+    table("Queues", columns, rows, minor=("oldest",))
 
 
 # --- operations and alerts --------------------------------------------------------------------
 
 
 @click.command()
+@wide_option
 @as_json_option
 @click.pass_context
 def operations(ctx: click.Context, as_json: bool) -> None:
@@ -347,42 +379,42 @@ def operations(ctx: click.Context, as_json: bool) -> None:
 
 
 def _show_operations(costs: list[dict[str, Any]]) -> None:
-    columns = (
-        "operation",
-        "items",
-        "failed",
-        "succeed",
-        "avg ms",
-        "trend",
-        "avg MB",
-        "peak MB",
-        "breaker",
-    )
+    from rlm_tasks.tones import BREAKER_TONES
+    from rlm_tasks.words import duration
+
     rows = (
         (
             each["executor_id"],
             each["total_executions"],
             each["failed_executions"],
             f"{each['success_rate_percent']:g} %",
-            f"{each['avg_duration_ms']:.1f}",
+            duration(each["avg_duration_ms"] / 1000),
             _trend(each),
-            f"{each['avg_memory_mb']:.0f}",
-            f"{each['peak_memory_mb']:.0f}",
-            each["circuit_breaker_state"],
+            f"{each['avg_memory_mb']:.0f} MB",
+            f"{each['peak_memory_mb']:.0f} MB",
+            (state := each["circuit_breaker_state"], BREAKER_TONES[state]),
         )
         for each in costs
     )
-    table("Operations", columns, rows)
+    columns = (
+        *("operation", "items", "failed", "success", "average", "trend"),
+        *("memory", "peak", "breaker"),
+    )
+    minor = ("memory", "success", "peak", "trend", "breaker", "average")
+    table("Operations", columns, rows, minor=minor)
 
 
-def _trend(operation: dict[str, Any]) -> str:
+def _trend(operation: dict[str, Any]) -> tuple[str, Tone]:
     """Return the change of the duration of items in percent; '' without earlier ones."""
     change = operation["change_percent"]
-    return "" if change is None else f"{change:+.0f} %" + (" SLOWER" if operation["slower"] else "")
+    if operation["slower"]:
+        return f"{change:+.0f} % SLOWER", "warning"
+    return "" if change is None else f"{change:+.0f} %", ""
 
 
 @click.command()
 @click.option("--limit", default=20, show_default=True, help="Number of alerts, the newest first.")
+@wide_option
 @as_json_option
 @click.pass_context
 def alerts(ctx: click.Context, limit: int, as_json: bool) -> None:
@@ -394,16 +426,31 @@ def alerts(ctx: click.Context, limit: int, as_json: bool) -> None:
         counts = {name: value for name, value in summary.items() if name != "recent_alerts"}
         print_json({**counts, "alerts": [each.fields() for each in latest]})
         return
+    from rlm_tasks.words import age, clock
+
     now = client.ledger.clock()
     rows = (
-        (ago(each.at, now), each.severity.label, each.kind, each.subject, each.message)
+        (
+            age(now - each.at),
+            clock(each.at),
+            (each.severity.label, _SEVERITY_TONES.get(each.severity.label, "")),
+            each.kind,
+            each.subject,
+            each.message,
+        )
         for each in latest
     )
-    table("Alerts", ("when", "severity", "kind", "about", "what"), rows)
+    columns = ("when", "at", "severity", "kind", "about", "what")
+    table("Alerts", columns, rows, minor=("at", "kind", "about"))
     say(
         f"{summary['total_alerts']:,} in all, {summary['last_24_hours']:,} in the last day, "
         f"{summary['last_hour']:,} in the last hour"
     )
 
 
+_SEVERITY_TONES: dict[str, Tone] = {
+    "warning": "warning",
+    "error": "danger",
+    "critical": "danger",
+}
 COMMANDS = (status, pressure, breakers, limits, endpoints, queues, operations, alerts)

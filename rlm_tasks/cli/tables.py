@@ -16,11 +16,12 @@ import click
 from rlm_tasks.cli.screen import may_color, printable, say, screen_width
 
 if TYPE_CHECKING:
-    from rlm_tasks.jobs.endings import Tone
+    from rlm_tasks.tones import Tone
 
 Cell: TypeAlias = "str | int | tuple[str, Tone]"
 """A text, a number, or a word with its tone, such as the word of a status."""
-_COLORS = {"success": "green", "active": "cyan", "warning": "yellow", "danger": "bold red"}
+Row: TypeAlias = "Iterable[Cell]"
+_COLORS = {"success": "green", "active": "cyan", "warning": "yellow", "danger": "red"}
 _GAP = 2
 _LEAST, _LEAST_SENTENCE = 14, 24
 """Longer texts are cut, or a sentence wrapped, at this width before a minor column is left out."""
@@ -40,6 +41,11 @@ wide_option = click.option(
     callback=_remember,
     help="All columns, and no text cut short.",
 )
+
+
+def colored(word: str, tone: Tone) -> str:
+    """Return a word in the colour of its tone, for `say`."""
+    return click.style(word, fg=_COLORS[tone]) if tone else word
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +74,7 @@ class _Column:
 
 
 def table(
-    title: str, columns: Sequence[str], rows: Iterable[Iterable[Cell]], *, minor: Sequence[str] = ()
+    title: str, columns: Sequence[str], rows: Iterable[Row], *, minor: Sequence[str] = ()
 ) -> None:
     """Print a table of at most the width of the screen.  Without rows, one line says so.
 
@@ -205,11 +211,11 @@ def _drawn(columns: Sequence[_Column], widths: Mapping[str, int]) -> list[str]:
     colors = zip(*([color for _, color in each.cells] for each in columns), strict=True)
     for row in zip(texts, colors, strict=True):
         drawn.add_row(*(Text(text, style=color) for text, color in zip(*row, strict=True)))
-    colored = sys.stdout.isatty() and may_color()
+    has_colors = sys.stdout.isatty() and may_color()
     console = Console(
         width=sum(widths.values()) + _gaps(columns),
-        force_terminal=colored,
-        color_system="standard" if colored else None,
+        force_terminal=has_colors,
+        color_system="standard" if has_colors else None,
         legacy_windows=False,
     )
     with console.capture() as captured:

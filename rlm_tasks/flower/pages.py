@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 from resilience.degradation import Level
 from rlm_tasks.errors import JobNotFound
 from rlm_tasks.installation import command_of
-from rlm_tasks.jobs.endings import ENDINGS, Tone, shown
+from rlm_tasks.jobs.endings import ENDINGS, shown
 from rlm_tasks.jobs.item_failures import alike
 from rlm_tasks.results import COLUMNS, Progress, Status, rows
 from rlm_tasks.telemetry.exposition import BREAKER_STATES
+from rlm_tasks.tones import BREAKER_TONES, Tone, level_tone
 
 if TYPE_CHECKING:
     from rlm_tasks.client.client import Client
@@ -46,11 +47,6 @@ MESSAGES = 20
 
 UNKNOWN = "not known"
 """What a card shows while no worker reports."""
-_LEVEL_TONES: dict[Level, Tone] = {
-    Level.NORMAL: "success",
-    Level.ELEVATED: "active",
-    Level.HIGH: "warning",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -388,7 +384,7 @@ def pressure(client: Client) -> Picture:
 
 def _level(status: PlatformStatus, level: Level) -> tuple[str, Tone]:
     if status.known:
-        return status.level, _level_tone(level)
+        return status.level, level_tone(level)
     return (UNKNOWN if status.enabled else "off"), ""
 
 
@@ -396,7 +392,7 @@ def _hosts(hosts: Sequence[HostReport], command: str) -> Table:
     rows: list[list[str | Cell]] = [
         [
             host.worker,
-            Cell(Level(host.level).label, _level_tone(Level(host.level)), badge=True),
+            Cell(Level(host.level).label, level_tone(Level(host.level)), badge=True),
             host.why,
             f"{host.busy} of {host.slots}",
             f"{host.sample.cpu_pct:.0f} %" if host.sample else "?",
@@ -434,10 +430,6 @@ def _points(client: Client) -> list[tuple[float, int]]:
     return [(each.at, int(each.level)) for each in reversed(client.pressure.history(SAMPLES))]
 
 
-def _level_tone(level: Level) -> Tone:
-    return _LEVEL_TONES.get(level, "danger")
-
-
 def breakers(client: Client) -> Picture:
     """Return all circuit breakers, open ones first."""
     states = client.breakers.status()
@@ -445,7 +437,7 @@ def breakers(client: Client) -> Picture:
     rows: list[list[str | Cell]] = [
         [
             name,
-            Cell(at["state"], _BREAKER_TONES[at["state"]], badge=True),
+            Cell(at["state"], BREAKER_TONES[at["state"]], badge=True),
             f"{at['failure_count']:,}",
             _ago(now - at["last_failure_time"]) if at["last_failure_time"] else "never",
             f"in {_seconds(at['retry_after_s'])}" if at["retry_after_s"] else "",
@@ -474,9 +466,6 @@ def breakers(client: Client) -> Picture:
         "A call that an open breaker refuses waits, or its fallback runs."
     )
     return Picture(sentence, cards=cards, tables=[table])
-
-
-_BREAKER_TONES: dict[str, Tone] = {"closed": "success", "half-open": "warning", "open": "danger"}
 
 
 def _close(name: str) -> Action:

@@ -9,15 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import msgspec
 
 from rlm_tasks.errors import JobCancelled, JobEnded, JobExpired, JobFailed
 from rlm_tasks.results import ItemFailure, Status
-
-Tone = Literal["", "active", "success", "warning", "danger"]
-"""The colour of a status or a level in Flower: one of Flower's own classes, or none."""
+from rlm_tasks.tones import Tone as Tone
 
 
 @dataclass(frozen=True, slots=True)

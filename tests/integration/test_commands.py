@@ -57,7 +57,7 @@ def idle(server: embedded.Server) -> Iterator[Client]:
 @pytest.mark.parametrize(
     ("arguments", "texts"),
     [
-        (["status"], ["Pressure is normal", " beat", "Workers: none"]),
+        (["status"], ["The pressure is not known", " worker", "Workers: none"]),
         (["jobs"], ["Jobs"]),
         (["pressure"], ["Left out at this level: nothing"]),
         (["pressure", "history"], ["Recent pressure: none"]),

@@ -53,6 +53,7 @@ ORDER = (
     "rlm_tasks.errors",
     "rlm_tasks.results",
     "rlm_tasks.words",
+    "rlm_tasks.tones",
     "rlm_tasks.version",
     "rlm_tasks.import_path",
     "rlm_tasks.lazy",
