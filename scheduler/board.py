@@ -30,6 +30,10 @@ _json = msgspec.json.Encoder()
 
 
 LevelNumber = Annotated[int, msgspec.Meta(ge=0, le=int(max(Level)))]
+LIVE_MS = 5000
+"""A worker that has not reported for this long, five times in a row, counts as lost.
+
+Its level counts for longer, for `stale_s`, so that a moment of silence does not change it."""
 REMEMBERED_MS, MOST_REMEMBERED = 3_600_000, 20
 """The board remembers workers that are gone for this long, and this many of them."""
 
@@ -123,8 +127,13 @@ class Workers(NamedTuple):
         return [host for host in self.live if queue in host.queues]
 
     def last_of_queue(self, queue: str) -> Departed | None:
-        """Return the worker of a queue that was heard last of those that are gone."""
-        return next((each for each in self.departed if queue in each.report.queues), None)
+        """Return the worker of a queue that was heard last of those that are gone.
+
+        A worker that had not reported its queues yet may be one of this queue.
+        """
+        return next(
+            (each for each in self.departed if queue in (each.report.queues or (queue,))), None
+        )
 
 
 MOST_NAMED, MOST_OPERATIONS, LONGEST_NAME = 100, 2_000, 100
@@ -268,7 +277,7 @@ class Board:
 
         Raises StoreUnavailable.
         """
-        return list(self.workers().live)
+        return list(self.read_workers(self._store.call(self._hosts_call(self._stale_ms))[0]).live)
 
     def workers(self) -> Workers:
         """Return the live workers, and those that were stopped or lost within the last hour.
@@ -279,7 +288,10 @@ class Board:
 
     def workers_call(self) -> Call:
         """Return the call that reads all workers; `read_workers` decodes its answer."""
-        args = (self._stale_ms, REMEMBERED_MS, MOST_REMEMBERED)
+        return self._hosts_call(min(LIVE_MS, self._stale_ms))
+
+    def _hosts_call(self, live_ms: int) -> Call:
+        args = (live_ms, REMEMBERED_MS, MOST_REMEMBERED)
         return Call(_HOSTS, (self._keys.hosts,), args, otherwise=((), ()))
 
     @staticmethod

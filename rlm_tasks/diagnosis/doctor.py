@@ -103,9 +103,10 @@ def _shared(client: Client, app: Celery, clock: Callable[[], float]) -> Iterator
     yield from _monitor(board, hosts, client, command)
     yield _quarantine(client, command)
     yield _breakers(store, command)
-    yield from _paused(client, command)
-    yield from _endpoints(client, command)
-    yield from _faults(client, command)
+    # These read by the ledger's connection, too: the one of guards gives up early.
+    yield from _paused(client, hosts, command)
+    yield from _endpoints(client, hosts, command)
+    yield from _faults(store, client.ledger.clock.now_ms(), command)
     yield from decided_alone(store)
 
 
@@ -515,19 +516,26 @@ def _breakers(store: Store, command: str) -> Finding:
     )
 
 
-def _paused(client: Client, command: str) -> Iterator[Finding]:
+def _paused(client: Client, hosts: Sequence[HostReport], command: str) -> Iterator[Finding]:
     """Yield a finding on each limit that its provider has paused."""
-    paused = {each.service: each.hold_s for each in client.limits() if each.hold_s}
+    from rlm_tasks.engine.guards import ProcessGuards
+    from rlm_tasks.telemetry.limit_reports import limit_reports
+
+    guards = ProcessGuards(client.ledger.store, client.settings, lambda _: None)
+    paused = {each.service: each.hold_s for each in limit_reports(guards, hosts) if each.hold_s}
     for service, hold_s in paused.items():
         found = f"no call of {service} is made for {duration(hold_s)}: its provider asked for it"
-        yield Finding(
-            "limits", "warning", found, f"To end it: {command} rlm limits release {service}"
-        )
+        advice = f"To end it: {command} rlm limits release {service}"
+        yield Finding("limits", "warning", found, advice)
 
 
-def _endpoints(client: Client, command: str) -> Iterator[Finding]:
+def _endpoints(client: Client, hosts: Sequence[HostReport], command: str) -> Iterator[Finding]:
     """Yield a finding on endpoints of models that get no calls, and one if all do."""
-    reports = client.endpoints()
+    from resilience.breaker import CircuitBreakers
+    from rlm_tasks.llm.reports import endpoint_reports
+
+    store = client.ledger.store
+    reports = endpoint_reports(store, client.settings.llm, CircuitBreakers(store), hosts)
     for each in reports:
         if not each.healthy:
             found = f"endpoint {each.name} gets no calls: {each.why}"
@@ -540,17 +548,20 @@ RECENT_S = 600.0
 """A fault that recurs counts for the doctor if it was seen within this time."""
 
 
-def _faults(client: Client, command: str) -> Iterator[Finding]:
+def _faults(store: Store, now_ms: int, command: str) -> Iterator[Finding]:
     """Yield a finding on the most frequent fault of each service that was seen lately."""
-    now_ms, seen = client.ledger.clock.now_ms(), set[str]()
-    patterns = client.fault_patterns()
-    recent = [each for each in patterns if now_ms - each.last_seen_ms < 1000 * RECENT_S]
-    for each in sorted(recent, key=lambda pattern: -pattern.count):
-        if each.escalated and each.service not in seen:
-            seen.add(each.service)
-            ago = age((now_ms - each.last_seen_ms) / 1000)
-            found = f"calls of {each.service} fail: {each.code}, {count(each.count, 'time')}, last {ago}"
-            advice = (
-                f"Type: {command} rlm jobs --status failed; then rlm failures JOB for one of them"
+    from resilience.fault_log import FaultLog
+
+    patterns = [
+        each for each in FaultLog(store).patterns() if now_ms - each.last_seen_ms < 1000 * RECENT_S
+    ]
+    worst = {each.service: each for each in sorted(patterns, key=lambda each: each.count)}
+    for service, each in worst.items():
+        if each.escalated:
+            last = age((now_ms - each.last_seen_ms) / 1000)
+            found = (
+                f"calls of {service} fail: {each.code}, {count(each.count, 'time')}, "
+                f"the last one {last}"
             )
+            advice = f"Type: {command} rlm jobs --status failed, then rlm failures with one of them"
             yield Finding("faults", "warning", found, advice)

@@ -9,16 +9,17 @@ import socket
 import ssl
 import struct
 import threading
+import time
 from collections.abc import Coroutine
 from contextlib import suppress
 from typing import Any
 
 
 class Proxy:
-    """Forward connections of one port to another."""
+    """Forward connections of one port to another, each message `delay_s` seconds late."""
 
-    def __init__(self, target: int) -> None:
-        self.target = target
+    def __init__(self, target: int, delay_s: float = 0.0) -> None:
+        self.target, self._delay_s = target, delay_s
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         self._open: list[socket.socket] = []
@@ -44,6 +45,7 @@ class Proxy:
     def _pump(self, source: socket.socket, sink: socket.socket) -> None:
         with suppress(OSError):
             while data := source.recv(65536):
+                time.sleep(self._delay_s)
                 if source not in self._forgotten:
                     sink.sendall(data)
         with suppress(OSError):

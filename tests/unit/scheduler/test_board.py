@@ -13,6 +13,7 @@ from resilience.degradation import Level
 from resilience.errors import InvalidValue, StoreUnavailable
 from resilience.keys import Keys
 from scheduler.board import (
+    LIVE_MS,
     MOST_REMEMBERED,
     REMEMBERED_MS,
     Board,
@@ -139,8 +140,18 @@ def test_a_worker_without_recent_reports_is_remembered_as_lost(world: World) -> 
     world.sleep(1.1)
 
     workers = here.workers()
+    assert [each.worker for each in here.hosts()] == ["there"]
     assert [each.worker for each in workers.live] == ["there"]
     assert workers.departed == [(host("gone"), pytest.approx(SETTINGS.stale_s + 0.1), False)]
+
+
+def test_a_silent_worker_is_lost_before_its_level_is_too_old(world: World) -> None:
+    here, store = board(world)
+    store.call(here.publish(host("a", Level.HIGH)))
+    world.sleep(LIVE_MS / 1000 + 1)
+
+    assert [each.worker for each in here.hosts()] == ["a"]
+    assert [each.report.worker for each in here.workers().departed] == ["a"]
 
 
 def test_a_worker_that_ends_is_remembered_as_stopped(world: World) -> None:
