@@ -57,7 +57,7 @@ def show(ctx: click.Context, changed: bool, as_json: bool) -> None:
         "Settings",
         ("variable", "value", "default", "description"),
         ((each.variable, _brief(each.value), _brief(each.default), each.about) for each in rows),
-        minor=("default",),
+        stacked=True,
     )
 
 
@@ -133,7 +133,7 @@ def optimization(file: Any, as_json: bool) -> None:
         "Optimization",
         ("key", "value", "sets", "note"),
         ((each.key, json.dumps(each.value), each.sets or "nothing", each.why) for each in effects),
-        minor=("value",),
+        stacked=True,
     )
 
 

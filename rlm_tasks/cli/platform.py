@@ -20,7 +20,7 @@ from rlm_tasks.cli.output import (
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from rlm_tasks.cli.tables import Row
+    from rlm_tasks.cli.tables import Cell, Row
     from rlm_tasks.client.client import Client
     from rlm_tasks.client.platform_status import PlatformStatus
     from rlm_tasks.tones import Tone
@@ -262,7 +262,7 @@ def limits(ctx: click.Context, as_json: bool) -> None:
         for each in reports
     )
     columns = ("service", "limit", "used", "per", "full", "in line", "held by the provider")
-    minor = ("held by the provider", "in line", "full", "per")
+    minor = ("held by the provider", "in line", "per", "used")
     table("Limits", columns, rows, minor=minor)
 
 
@@ -347,19 +347,28 @@ def queues(ctx: click.Context, as_json: bool) -> None:
             ]
         )
         return
-    from rlm_tasks.words import duration, listed
+    from rlm_tasks.words import duration
 
     rows: Iterable[Row] = (
         (
             name,
             at.depth,
             "" if at.oldest_s is None else duration(at.oldest_s),
-            listed(consumers[name]) if consumers.get(name) else ("NOBODY", "danger"),
+            _named(consumers.get(name, [])),
         )
         for name, at in reports.items()
     )
     columns = ("queue", "messages", "oldest", "consumed by")
     table("Queues", columns, rows, minor=("oldest",))
+
+
+def _named(workers: list[str]) -> Cell:
+    from rlm_tasks.words import NAMED
+
+    if not workers:
+        return "NOBODY", "danger"
+    more = len(workers) - NAMED
+    return ", ".join(workers[:NAMED]) + (f", {more:,} more" if more > 0 else "")
 
 
 # --- operations and alerts --------------------------------------------------------------------

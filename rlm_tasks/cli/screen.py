@@ -28,20 +28,39 @@ def say(text: str, *, hang: int | None = None, err: bool = False, nl: bool = Tru
     """
     width = screen_width(err=err)
     shown = printable(text)
-    if width:
+    if width is not None:
         shown = "\n".join(_wrapped(line, width, hang) for line in shown.split("\n"))
     click.echo(shown, err=err, nl=nl, color=None if may_color() else False)
 
 
 def _wrapped(line: str, width: int, hang: int | None) -> str:
     indent = len(line) - len(line.lstrip()) if hang is None else hang
-    return textwrap.fill(
-        _COMMAND.sub(lambda found: _in_one(found[0], width - indent), line),
-        width,
-        subsequent_indent=" " * indent,
-        break_long_words=False,
-        break_on_hyphens=False,
-    ).replace(_GLUE, " ")
+    wrapper = _Wrapper(
+        width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
+    )
+    glued = _COMMAND.sub(lambda found: _in_one(found[0], width - indent), line)
+    return wrapper.fill(glued).replace(_GLUE, " ")
+
+
+class _Wrapper(textwrap.TextWrapper):
+    """Wraps a text by the width of its words on the screen."""
+
+    def _split(self, text: str) -> list[str]:
+        return [_Word(each) for each in super()._split(text)]
+
+
+class _Word(str):
+    """A word whose length is its width on the screen: colours have none, some letters have two."""
+
+    __slots__ = ()
+
+    def __len__(self) -> int:
+        plain = click.unstyle(self)
+        if plain.isascii():
+            return len(plain)
+        from rich.cells import cell_len
+
+        return cell_len(plain)
 
 
 def _in_one(command: str, room: int) -> str:

@@ -74,23 +74,47 @@ class _Column:
 
 
 def table(
-    title: str, columns: Sequence[str], rows: Iterable[Row], *, minor: Sequence[str] = ()
+    title: str,
+    columns: Sequence[str],
+    rows: Iterable[Row],
+    *,
+    minor: Sequence[str] = (),
+    stacked: bool = False,
 ) -> None:
     """Print a table of at most the width of the screen.  Without rows, one line says so.
 
     Where it is too wide, the columns of `minor` are left out, its first name first.  Then long
-    texts are cut, or wrapped by words in the last column.  A last line says what is not shown.  A
-    pipe and ``--wide`` (see `wide_option`) show all.
+    texts are cut, or wrapped by words in the last column.  A last line says what is not shown.
+    With `stacked`, such a table has a line for each cell instead, and shows all.  A pipe and
+    ``--wide`` (see `wide_option`) show all.
     """
     cells = [[_cell(each) for each in row] for row in rows]
     if not cells:
         say(f"{title}: none")
         return
     width = _room()
-    shown = _fitting([*_columns(columns, cells)], minor, width)
-    widths = _widths(shown, width)
+    whole = [*_columns(columns, cells)]
     if title:
         say(click.style(title, bold=True))
+    if stacked and not has_room(sum(each.natural for each in whole) + _gaps(whole)):
+        _stack(columns, cells)
+    else:
+        _print(whole, _fitting(whole, minor, width), width)
+
+
+def _stack(names: Sequence[str], rows: Sequence[Sequence[tuple[str, str]]]) -> None:
+    """Print each cell on a line of its own, below the first one of its row."""
+    margin = max(map(len, names)) + 4
+    for row in rows:
+        say(row[0][0])
+        for name, (text, _) in zip(names[1:], row[1:], strict=True):
+            if text:
+                say(f"  {name:{margin - 2}}{text}", hang=margin)
+
+
+def _print(whole: Sequence[_Column], shown: Sequence[_Column], width: int | None) -> None:
+    """Print the columns that are shown, and a line on the others."""
+    widths = _widths(shown, width)
     for line in _drawn(shown, widths):
         click.echo(line)
     cut = [
@@ -98,8 +122,7 @@ def table(
         for each in shown
         if each.shown(widths[each.name]) != [text for text, _ in each.cells]
     ]
-    names = {each.name for each in shown}
-    _say_rest([name for name in columns if name not in names], cut)
+    _say_rest([each.name for each in whole if each.name not in widths], cut)
 
 
 def has_room(width: int) -> bool:

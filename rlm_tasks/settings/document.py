@@ -287,7 +287,18 @@ def as_environment(settings: Settings) -> dict[str, str]:
 def _as_text(field: FieldInfo, value: Any) -> str:
     if NoDecode in field.metadata:
         return ",".join(value)
-    return value if isinstance(value, str) else json.dumps(value)
+    return value if isinstance(value, str) else json.dumps(_as_json(value))
+
+
+def _as_json(value: Any, text: Callable[[str], str] = str) -> Any:
+    """Return a value as plain data, with each text in it changed by `text`."""
+    if isinstance(value, str):
+        return text(value)
+    if isinstance(value, BaseModel):
+        value = dict(value)
+    if isinstance(value, dict):
+        return {name: _as_json(each, text) for name, each in value.items()}
+    return [_as_json(each, text) for each in value] if isinstance(value, list | tuple) else value
 
 
 def _plain(settings: Settings, shown: Callable[[tuple[str, ...], Any], Any]) -> dict[str, Any]:
@@ -321,13 +332,7 @@ def _without_secret(field: FieldInfo, value: Any) -> Any:
         return HIDDEN
     if isinstance(value, SecretStr):
         return ""
-    return (
-        masked(value)
-        if isinstance(value, str)
-        else list(value)
-        if isinstance(value, tuple)
-        else value
-    )
+    return _as_json(value, masked)
 
 
 def _leaves(

@@ -10,6 +10,7 @@ import pytest
 from rlm_tasks.errors import InvalidSettings
 from rlm_tasks.settings.document import (
     as_environment,
+    described,
     export_config,
     import_config,
     to_dict,
@@ -207,6 +208,21 @@ def test_settings_as_variables_give_the_same_settings(monkeypatch: pytest.Monkey
         settings.redis_url,
         ("log", "webhook"),
     )
+
+
+def test_endpoints_and_prices_of_models_are_exported_and_imported() -> None:
+    llm = {
+        "endpoints": [{"name": "main", "base_url": "http://models/v1", "models": {"m": "m-1"}}],
+        "models": {"m": {"input_price": 0.5}},
+    }
+    settings = Settings(llm=llm)
+
+    assert import_config(export_config(settings)).llm == settings.llm
+    [shown] = [each for each in described(settings) if each.variable == "RLM_LLM__ENDPOINTS"]
+    assert json.loads(json.dumps(shown.value))[0]["models"] == {"m": "m-1"}
+    variables = as_environment(settings)
+    assert json.loads(variables["RLM_LLM__ENDPOINTS"])[0]["base_url"] == "http://models/v1"
+    assert json.loads(variables["RLM_LLM__MODELS"])["m"]["input_price"] == 0.5
 
 
 @pytest.mark.parametrize(
