@@ -11,6 +11,8 @@ from collections.abc import Sequence
 
 _UNITS = ((172_800.0, 86_400.0, "d"), (7200.0, 3600.0, "h"), (120.0, 60.0, "min"), (1.0, 1.0, "s"))
 """A duration from the first number of seconds on has the unit, which has the second number."""
+DATED_S = 43_200.0
+"""A time that is longer ago than this is shown with its date, in seconds."""
 NAMED = 3
 """A list names this many, and counts the others."""
 
@@ -53,6 +55,17 @@ def next_probe(state: str, retry_after_s: float) -> str:
 def clock(at: float) -> str:
     """Return a time of day from seconds since 1970: "14:02:11 UTC"."""
     return time.strftime("%H:%M:%S UTC", time.gmtime(at))
+
+
+def instant(at: float, now: float | None = None) -> str:
+    """Return a time since 1970 for people: "3 min ago (14:02:11 UTC)", with a date if it is older.
+
+    Without `now` the text does not age: "at 2026-11-29 14:02:11 UTC".
+    """
+    dated = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(at))
+    if now is None:
+        return f"at {dated}"
+    return f"{age(now - at)} ({dated if now - at > DATED_S else clock(at)})"
 
 
 def money(amount: float) -> str:

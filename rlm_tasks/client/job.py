@@ -44,6 +44,7 @@ from rlm_tasks.results import (
     metrics_of,
     receipt_of,
 )
+from rlm_tasks.settings.environment import own_name
 
 if TYPE_CHECKING:
     from rlm_tasks.client.session import Session
@@ -223,18 +224,21 @@ class Job(JobWaiter):
 
     # --- actions -------------------------------------------------------------------------------
 
-    def cancel(self) -> Status:
+    def cancel(self, *, by: str = "") -> Status:
         """End the job: waiting nodes are skipped now, running ones end after their current item.
 
-        Returns its status, which stays as it is for a job that has ended.  Raises JobNotFound,
-        StoreUnavailable.
+        The job keeps the name of its canceller: `by`, or else user and host of this process.  The
+        name is not verified.  Returns its status, which stays as it is for a job that has ended.
+
+        Raises JobNotFound, StoreUnavailable.
         """
-        state = self._ledger.stop(self.id, "cancelled")
+        by = by or own_name()
+        state = self._ledger.stop(self.id, "cancelled", by=by)
         if state == "unknown":
             raise JobNotFound(self.id)
         rounds = self.rounds()
         for each in rounds:
-            each.cancel()
+            each.cancel(by=by)
         if rounds and Status(state).final:
             expire_rounds(self._ledger, self.id, self._session.settings.result_ttl_s)
         if not Status(state).final:

@@ -131,7 +131,7 @@ class JobReader:
         """
         facts = self._facts() if message else without_message(self._facts())
         if Status(facts["state"]).final:
-            return sentence(facts)
+            return sentence(facts, self._ledger.clock.now_ms())
         at_work = held_nodes(self._ledger, self.id, facts)
         why = explain(
             facts,

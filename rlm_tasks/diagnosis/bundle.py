@@ -174,11 +174,14 @@ def _outline(client: Client, job_id: str) -> dict[str, Any]:
     facts = client.ledger.facts(job_id)
     if not facts:
         return {"id": job_id}
+    explained = client.job(job_id).explain(message=False)
+    if facts.get("stop_by"):  # it names a person
+        explained = explained.replace(f" by {facts['stop_by']}", "")
     return {
         "id": job_id,
         **{name: facts[name] for name in _WORDS if name in facts},
         **{name: int(facts[name]) for name in _COUNTS if name in facts},
-        "explain": client.job(job_id).explain(message=False),
+        "explain": explained,
     }
 
 

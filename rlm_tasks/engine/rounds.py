@@ -121,7 +121,7 @@ class Rounds:
         self._ledger.park(claim, CHECK_ROUND_MS, f"its round {number} is at work: job {id}")
         if Status(self._ledger.facts(claim.job)["state"]).final:
             # The job ended before it knew of this round, so its end has not stopped the round.
-            self._ledger.stop(id, "cancelled")
+            self._ledger.stop(id, "cancelled", by=f"the end of its job {claim.job}")
         elif Status(self._ledger.facts(id)["state"]).final:
             self._wake([f"{claim.job} {MERGE}"])  # the round ended before the merge was parked
 

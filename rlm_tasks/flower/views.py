@@ -7,6 +7,7 @@ to Redis run in a thread.
 
 from __future__ import annotations
 
+from base64 import b64decode
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from tornado.web import HTTPError, authenticated
 from resilience.errors import InvalidValue
 from rlm_tasks.errors import JobNotFound, RlmError, StoreUnavailable
 from rlm_tasks.flower import pages
+from rlm_tasks.settings.environment import own_name
 
 if TYPE_CHECKING:
     from rlm_tasks.client.client import Client
@@ -150,7 +152,17 @@ class ActionView(_Ours, BaseApiHandler):  # type: ignore[misc]  # Flower ships n
             raise HTTPError(403, reason="This Flower is read-only")
         if name not in ACTIONS:
             raise HTTPError(404, reason="There is no such action")
-        self.write({"done": await self.call(ACTIONS[name], self._about())})
+        about = {**self._about(), "by": self._visitor()}
+        self.write({"done": await self.call(ACTIONS[name], about)})
+
+    def _visitor(self) -> str:
+        """Return the name of a visitor who may act, as far as Flower's login knows it."""
+        user = self.current_user  # True without OAuth
+        if self.application.options.basic_auth:
+            credentials = self.request.headers["Authorization"].split()[1]
+            user = b64decode(credentials).decode().partition(":")[0]
+        name = f"Flower of {own_name()}"
+        return f"{user} in {name}" if isinstance(user, str) and user else name
 
     def _about(self) -> dict[str, str]:
         return {
@@ -174,7 +186,7 @@ class ActionView(_Ours, BaseApiHandler):  # type: ignore[misc]  # Flower ships n
 
 
 def _cancel(client: Client, about: dict[str, str]) -> str:
-    client.job(about.get("job", "")).cancel()
+    client.job(about.get("job", "")).cancel(by=about["by"])
     return "It is cancelled"
 
 

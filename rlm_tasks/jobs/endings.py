@@ -15,6 +15,7 @@ import msgspec
 from rlm_tasks.errors import JobCancelled, JobEnded, JobExpired, JobFailed
 from rlm_tasks.results import ItemFailure, Status
 from rlm_tasks.tones import Tone as Tone
+from rlm_tasks.words import instant
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,18 +73,30 @@ def shown(status: Status, failed: int) -> tuple[str, Tone]:
     return str(status), TONES[status]
 
 
-def sentence(facts: Mapping[str, str]) -> str:
+def sentence(facts: Mapping[str, str], now_ms: int | None = None) -> str:
     """Return how an ended job ended and its counts of items, from its facts in the ledger.
 
-    Raises KeyError for a job that has not ended.
+    It says when a job was cancelled or has expired: how long ago at the server's time `now_ms`, or
+    without it the date.  Raises KeyError for a job that has not ended.
     """
-    verb = ENDINGS[Status(facts["state"])].verb
+    status = Status(facts["state"])
+    verb = ENDINGS[status].verb
     done, failed, skipped = facts["done"], facts["failed"], facts["skipped"]
     counts = f"{done} of {facts['n']} items done, {failed} failed, {skipped} skipped"
     if facts.get("error"):
         error = msgspec.json.decode(facts["error"])
         return f"It {verb} because {error['type']}: {error['message']} ({counts})."
-    return f"It {verb}{_because(facts, verb)}: {counts}."
+    when = stopped_at(facts, now_ms) if status in (Status.CANCELLED, Status.EXPIRED) else ""
+    return f"It {verb}{when}{_because(facts, verb)}: {counts}."
+
+
+def stopped_at(facts: Mapping[str, str], now_ms: int | None = None) -> str:
+    """Return when a job was stopped and by whom, with a space before; '' if it is not known."""
+    at_ms = int(facts.get("stop_ms") or facts.get("closed_ms") or 0)
+    if not at_ms:
+        return ""
+    by = f" by {facts['stop_by']}" if facts.get("stop_by") else ""
+    return f" {instant(at_ms / 1000, None if now_ms is None else now_ms / 1000)}{by}"
 
 
 def _because(facts: Mapping[str, str], verb: str) -> str:

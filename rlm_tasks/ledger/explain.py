@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from rlm_tasks.jobs.endings import CAUSES, sentence
+from rlm_tasks.jobs.endings import CAUSES, sentence, stopped_at
 from rlm_tasks.jobs.spec import JobSpec
 from rlm_tasks.ledger.obstacles import Deployment, gone, obstacle, waiting
 from rlm_tasks.ledger.records import NodesAtWork
@@ -38,7 +38,7 @@ def explain(
     read) and the platform around it.  `sweep_s` is the interval of sweeps in seconds.
     """
     if Status(facts["state"]).final:
-        return sentence(facts)
+        return sentence(facts, now_ms)
     blocked = obstacle(spec, deployment) if spec is not None else ""
     lost = _lost(at_work, deployment)
     running = max(0, at_work.running - sum(lost.values()))
@@ -46,6 +46,7 @@ def explain(
         what = _merging(at_work, running)
     elif facts.get("stop"):
         cause = CAUSES.get(facts["stop"], facts["stop"])
+        cause += stopped_at(facts, now_ms) if facts["stop"] == "cancelled" else ""
         what = f"It is stopping because {cause}; {_are(running)} still in a slice."
     elif running:
         what = _running(at_work, running)

@@ -45,6 +45,8 @@ _SCRIPTS = {
     )
 }
 _json = msgspec.json.Encoder()
+BY_CHARS = 200
+"""The largest number of characters of the name of a job's canceller."""
 SENDING_AT_ONCE = 1000
 """One script begins the grace of at most this many nodes anew."""
 
@@ -244,18 +246,21 @@ class Ledger(LedgerReader):
         reason: str,
         *,
         detail: str = "",
+        by: str = "",
         error: Mapping[str, Any] | None = None,
         force: bool = False,
     ) -> str:
         """End a job early, and return its state; `force` fences its running nodes.
 
+        `by` names the person or the program that asked for it; the first one is kept with the job.
         One call of the script skips a limited number of nodes, so it is repeated while it makes
         progress.
         """
         packed = _json.encode(error) if error else b""
+        name = "".join(each if each.isprintable() else "?" for each in by[:BY_CHARS])
         left = -1
         while True:
-            state, _, still = self._run("stop", job, reason, detail, packed, int(force))
+            state, _, still = self._run("stop", job, reason, detail, packed, int(force), name)
             if int(still) in (0, left):
                 break
             left = int(still)

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import os
+import pwd
+import socket
 from functools import cache
 
 from rlm_tasks.errors import InvalidSettings
@@ -23,6 +25,19 @@ def traces_exporters() -> list[str]:
     otlp = _OTLP.get(os.environ.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL") or protocol, protocol)
     names = (os.environ.get("OTEL_TRACES_EXPORTER") or "otlp").replace(" ", "").split(",")
     return [otlp if name == "otlp" else name for name in names if name != "none"]
+
+
+def own_name() -> str:
+    """Return the user and the host of this process, as "anna@web-1".
+
+    The ledger keeps it with a job that this process cancels.  It is a note for people: it is not
+    verified, and another process may give another name.
+    """
+    try:
+        user = pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:  # a container whose user has no entry
+        user = f"user {os.getuid()}"
+    return f"{user}@{socket.gethostname()}"
 
 
 def key_of(variable: str) -> str:

@@ -329,11 +329,12 @@ class TracedLedger(Ledger):
         reason: str,
         *,
         detail: str = "",
+        by: str = "",
         error: Mapping[str, Any] | None = None,
         force: bool = False,
     ) -> str:
         """End a job early, and make its span if that has ended it."""
-        state = super().stop(job, reason, detail=detail, error=error, force=force)
+        state = super().stop(job, reason, detail=detail, by=by, error=error, force=force)
         self._trace_job_if_final(state, job)
         return state
 

@@ -18,6 +18,7 @@ from celery.worker.request import Request
 from rlm_tasks.engine.runtime import Runtime
 from rlm_tasks.messaging.dispatch import NODE_TASK, is_id
 from rlm_tasks.worker.lost_nodes import REAPED, UNREACHABLE, cause_of_death, give_back
+from rlm_tasks.worker.revocations import BY
 from rlm_tasks.worker.supervisor import Supervisor
 
 logger = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ class NodeRequest(Request):  # type: ignore[misc]  # Celery ships no types
         if self.name == NODE_TASK:
             try:
                 self._runtime.ledger.fail_fast().stop(
-                    self._job, "cancelled", detail=f"a node's task was {reason}"
+                    self._job, "cancelled", detail=f"a node's task was {reason}", by=BY
                 )
             except UNREACHABLE as error:
                 logger.warning("Job %s was not cancelled: %s", self._job, error)

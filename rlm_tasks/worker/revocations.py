@@ -19,6 +19,8 @@ from rlm_tasks.results import Status
 
 logger = logging.getLogger(__name__)
 
+BY = "a revoke of Celery"
+"""The name that a revoked job has for its canceller: Celery tells no other."""
 AT_ONCE, MOST_WAITING = 500, 100_000
 
 
@@ -53,8 +55,8 @@ class Revocations:
         if before and Status(before).final and before != Status.CANCELLED:
             logger.warning("Job %s was revoked, but not cancelled: it has %s", job, before)
             return
-        self._ledger.stop(job, "cancelled", detail="its id was revoked")
+        self._ledger.stop(job, "cancelled", detail="its id was revoked", by=BY)
         for round_, _ in opened_rounds(self._ledger, job):
-            self._ledger.stop(round_, "cancelled", detail="its job was revoked")
+            self._ledger.stop(round_, "cancelled", detail="its job was revoked", by=BY)
         self._runtime.page.recall()
         logger.info("Job %s is cancelled: its id was revoked", job)

@@ -81,6 +81,12 @@ def fail_odd_round(item: Any) -> Any:
     return item
 
 
+@operation("slow_round", then=lambda *_: NextRound("nap", [50.0] * 500, {}))
+def slow_round(item: Any) -> Any:
+    """Return the item; the next round takes 25 seconds of a slot."""
+    return item
+
+
 @operation("parse_day")
 def parse_day(text: str) -> str:
     """Return a day as its parser prints it."""

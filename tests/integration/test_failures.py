@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import traceback
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,10 @@ from rlm_tasks import (
     NWay,
     Status,
 )
+from rlm_tasks.diagnosis.bundle import collect
+from rlm_tasks.ledger.records import ROOT
+from rlm_tasks.settings.environment import own_name
+from tests.integration.test_cli import rlm
 from tests.support import wait_until
 
 DEEP: dict[str, Any] = {"strategy": Binary(min_chunk_size=4)}
@@ -342,6 +347,62 @@ def test_cancel_stops_the_whole_tree(client: Client) -> None:
     assert progress.done + progress.skipped == 3000
     assert progress.pending == 0
     assert job.partial().output == [i for lo, hi in job.partial().ranges for i in range(lo, hi)]
+
+
+DATE = r"at \d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC"
+WHEN = r"[0-9.]+ m?s ago \(\d\d:\d\d:\d\d UTC\)"
+
+
+def test_a_cancelled_job_says_when_and_by_whom(client: Client, environment: dict[str, str]) -> None:
+    me = own_name()
+    named, typed, twice = (client.submit(operation="nap", items=[50.0] * 500) for _ in range(3))
+    assert "@" in me
+
+    twice.cancel()
+    twice.cancel(by="another")
+    named.cancel(by="anna\x1b[2J, for the audit")
+    rlm(environment, "cancel", typed.id)
+
+    for job, by in ((twice, me), (named, "anna?[2J, for the audit"), (typed, me)):
+        with pytest.raises(JobCancelled, match=rf"was cancelled {DATE} by {re.escape(by)}: "):
+            job.get(timeout=20)
+        said = rf"It was cancelled {WHEN} by {re.escape(by)}: \d+ of 500 items done, 0 failed, "
+        assert re.match(said, job.explain()), job.explain()
+        assert by not in json.dumps(collect(client, client.app, job.id)["job"])
+
+
+def test_a_job_that_is_being_cancelled_says_by_whom(client_without_worker: Client) -> None:
+    ledger = client_without_worker.ledger
+    job = client_without_worker.submit(operation="sum", items=range(9))
+    ledger.claim(job=job.id, node=ROOT, token="held", worker="celery@one")  # no secret
+    job.cancel()
+
+    said = rf"It is stopping because it was cancelled {WHEN} by {re.escape(own_name())}; "
+    assert re.match(said, job.explain()), job.explain()
+
+
+def test_a_round_is_cancelled_by_the_canceller_of_its_job(client: Client) -> None:
+    job = client.submit(operation="slow_round", items=[1])
+    wait_until(lambda: bool(job.rounds()) and job.rounds()[0].progress().done > 0)
+
+    job.cancel(by="anna")
+
+    [round_] = job.rounds()
+    wait_until(round_.ready)
+    assert " by anna: " in round_.explain()
+    with pytest.raises(JobCancelled, match=" by anna: "):
+        job.get(timeout=20)
+
+
+def test_an_expired_job_says_when_and_an_old_record_says_what_it_knows(client: Client) -> None:
+    job = client.submit(operation="nap", items=[50.0] * 200, timeout=0.5)
+    with pytest.raises(JobExpired, match=r"expired at [-0-9: ]+ UTC because its timeout passed: "):
+        job.get(timeout=20)
+    assert re.match(rf"It expired {WHEN} because its timeout passed: ", job.explain())
+
+    client.ledger.store.client.hdel(client.ledger.keys.of(job.id).job, "stop_ms", "closed_ms")
+
+    assert job.explain().startswith("It expired because its timeout passed: ")
 
 
 def test_cancelling_an_ended_job_changes_nothing(client: Client) -> None:

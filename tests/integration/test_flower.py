@@ -13,6 +13,7 @@ import pytest
 
 from rlm_tasks import Client
 from rlm_tasks.flower.pages import TABS
+from rlm_tasks.settings.environment import own_name
 from rlm_tasks.testing import embedded
 from tests.integration.conftest import client_of, environment_of
 from tests.integration.flowers import USER, Flower, flower
@@ -216,6 +217,18 @@ def test_an_action_without_permission_is_refused(
 ) -> None:
     assert locked.post("force", user, site=site, level="critical")[0] == status
     assert platform.status().forced == ""
+
+
+def test_a_job_that_a_visitor_cancels_has_the_name_of_the_login(
+    locked: Flower, platform: Client
+) -> None:
+    job = platform.submit(operation="nap", items=[50.0] * 1000)
+
+    assert locked.post("cancel", USER, job=job.id, by="another")[0] == 200
+
+    job.wait(timeout=20)
+    assert f" by me in Flower of {own_name()}: " in job.explain()
+    assert "secret-of-me" not in job.explain()
 
 
 def test_a_logged_in_user_can_act(locked: Flower, platform: Client) -> None:

@@ -91,7 +91,7 @@ def test_a_revoked_leaf_cancels_its_job(private: ClientAndWorker) -> None:
 
     client.app.control.revoke(record.slot.task)
 
-    with pytest.raises(JobCancelled):
+    with pytest.raises(JobCancelled, match="by a revoke of Celery: "):
         job.result(timeout=20)
     assert job.progress().done + job.progress().skipped == 100
 
@@ -110,7 +110,7 @@ def test_a_revoked_id_of_a_job_that_has_fanned_out_cancels_the_job(
     else:
         AsyncResult(job.id, app=client.app).revoke(terminate=how == "terminated")
 
-    with pytest.raises(JobCancelled):
+    with pytest.raises(JobCancelled, match="by a revoke of Celery: "):
         job.result(timeout=20)
     assert job.progress().done + job.progress().skipped == 400
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rlm_tasks.words import age, clock, count, duration, listed, money
+from rlm_tasks.words import age, clock, count, duration, instant, listed, money
 
 
 @pytest.mark.parametrize(
@@ -74,3 +74,11 @@ def test_a_list_names_the_first_and_counts_the_others(names: list[str], text: st
     noun = "worker " if len(names) == 1 else "workers " if names else ""
     if names:
         assert listed(names, noun="worker") == noun + text
+
+
+def test_a_time_is_shown_by_its_age_and_clock_and_an_old_one_with_its_date() -> None:
+    at = 1_764_597_731.0
+
+    assert instant(at, at + 180) == "3 min ago (14:02:11 UTC)"
+    assert instant(at, at + 3 * 86_400) == "3 d ago (2025-12-01 14:02:11 UTC)"
+    assert instant(at) == "at 2025-12-01 14:02:11 UTC"

@@ -50,6 +50,18 @@ def test_each_error_of_an_ended_job_belongs_to_one_ending() -> None:
         ({"state": "expired", "stop": "expired"}, "It expired because its timeout passed: 5 of 9"),
         ({"state": "cancelled", "stop": "cancelled"}, "It was cancelled: 5 of 9 items done"),
         (
+            {"state": "cancelled", "stop": "cancelled", "stop_ms": "1764597731000"},
+            "It was cancelled at 2025-12-01 14:02:11 UTC: 5 of 9 items done",
+        ),
+        (
+            {"state": "expired", "stop": "expired", "stop_ms": "1764597731000"},
+            "It expired at 2025-12-01 14:02:11 UTC because its timeout passed: 5 of 9",
+        ),
+        (
+            {"state": "expired", "closed_ms": "1764597731000"},
+            "It expired at 2025-12-01 14:02:11 UTC: 5 of 9",
+        ),
+        (
             {"state": "failed", "stop": "failed", "error": '{"type":"KeyError","message":"3"}'},
             "It failed because KeyError: 3 (5 of 9 items done, 2 failed, 2 skipped).",
         ),
@@ -60,6 +72,23 @@ def test_the_sentence_says_the_cause_once_and_the_counts(
     facts: dict[str, str], begins: str
 ) -> None:
     assert sentence(COUNTS | facts).startswith(begins)
+
+
+@pytest.mark.parametrize(
+    ("later_s", "when"),
+    [
+        (0.2, "200 ms ago (14:02:11 UTC)"),
+        (180, "3 min ago (14:02:11 UTC)"),
+        (2 * 86_400, "2 d ago (2025-12-01 14:02:11 UTC)"),
+    ],
+)
+def test_a_cancelled_job_says_how_long_ago_and_by_whom(later_s: float, when: str) -> None:
+    facts = {**COUNTS, "state": "cancelled", "stop": "cancelled", "stop_by": "anna@web-1"}
+    facts["stop_ms"] = "1764597731000"
+
+    found = sentence(facts, 1764597731000 + int(later_s * 1000))
+
+    assert found.startswith(f"It was cancelled {when} by anna@web-1: 5 of 9 items done")
 
 
 def test_causes_are_those_that_the_ledger_stops_a_job_for() -> None:

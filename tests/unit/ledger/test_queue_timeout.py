@@ -11,6 +11,7 @@ from rlm_tasks import InvalidRequest, JobRequest, NWay, Options
 from rlm_tasks.jobs.endings import sentence
 from rlm_tasks.jobs.spec import JobSpec
 from rlm_tasks.ledger.records import ROOT
+from rlm_tasks.words import instant
 from tests.unit.harness import Platform
 
 WAIT_MS = 10_000
@@ -55,8 +56,10 @@ def test_a_job_that_nobody_has_begun_in_time_expires_with_a_reason(
 
     facts = platform.ledger.facts("timed")
     assert (facts["state"], facts["skipped"]) == ("expired", "9")
-    assert sentence(facts) == (
-        "It expired because no worker began it within its queue_timeout of 10 s: "
+    stop_ms = int(facts["stop_ms"])
+    when = instant(stop_ms / 1000, stop_ms / 1000)
+    assert sentence(facts, stop_ms) == (
+        f"It expired {when} because no worker began it within its queue_timeout of 10 s: "
         "0 of 9 items done, 0 failed, 9 skipped."
     )
 
