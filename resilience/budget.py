@@ -12,12 +12,11 @@ nothing can be spent.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from resilience.errors import InvalidValue, StoreUnavailable
+from resilience.errors import InvalidValue, StoreUnavailable, count, figure
 from resilience.keys import Keys
 from resilience.store import Argument, Call, Script, Store
 
@@ -78,28 +77,12 @@ def _listed(parts: Sequence[str]) -> str:
     return " and ".join(filter(None, (", ".join(parts[:-1]), *parts[-1:])))
 
 
-def _of_unit(amount: float, unit: str, limit: float | None = None) -> str:
+def _of_unit(spent: float, unit: str, limit: float | None = None) -> str:
     """Return an amount for a person, such as `12 of 20 calls`."""
-    counted = amount if limit is None else limit
-    name = unit.removesuffix("s") if _rounded(counted) == "1" else unit
-    return f"{_rounded(amount)}{'' if limit is None else f' of {_rounded(limit)}'} {name}"
-
-
-def _rounded(amount: float) -> str:
-    """Return a number with the digits that matter; a small amount is never shown as 0."""
-    size = abs(amount)
-    if size >= 1000 or abs(amount - round(amount)) < 1e-9 * max(1.0, size):
-        return f"{round(amount):,}" if size >= 0.5 or not amount else _tiny(amount)
-    if size >= 1:
-        return f"{amount:.2f}"
-    return f"{amount:.4f}".rstrip("0") if size >= 0.001 else _tiny(amount)
-
-
-def _tiny(amount: float) -> str:
-    """Return a number below 0.001 with two digits that matter, from 1e-9 on without an exponent."""
-    if abs(amount) < 1e-9:
-        return f"{amount:.2g}"
-    return f"{amount:.{1 - math.floor(math.log10(abs(amount)))}f}".rstrip("0")
+    one = unit.removesuffix("s")
+    if limit is None:
+        return count(spent, one, unit)
+    return f"{figure(spent)} of {count(limit, one, unit)}"
 
 
 def _are(amount: float) -> str:

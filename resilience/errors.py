@@ -25,6 +25,7 @@ an exception of any class, and never raise.
 
 from __future__ import annotations
 
+import math
 import reprlib
 import sys
 from enum import IntEnum, StrEnum
@@ -43,6 +44,38 @@ _class_name = type.__dict__["__name__"].__get__  # the metaclass of an exception
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = _short.maxlong = 200
 _short.maxdict = _short.maxlist = _short.maxtuple = _short.maxset = _short.maxfrozenset = 20
+
+
+# --- numbers in sentences ---------------------------------------------------------------------
+
+
+def figure(number: float) -> str:
+    """Return a number with the digits that matter: "1,235", "12.50", "0.092", "0.00007".
+
+    A small number is never shown as 0.
+    """
+    size = abs(number)
+    if size >= 1000 or abs(number - round(number)) < 1e-9 * max(1.0, size):
+        return f"{round(number):,}" if size >= 0.5 or not number else _tiny(number)
+    if size >= 1:
+        return f"{number:.2f}"
+    return f"{number:.4f}".rstrip("0") if size >= 0.001 else _tiny(number)
+
+
+def _tiny(number: float) -> str:
+    """Return a number below 0.001 with two digits that matter, from 1e-9 on without an exponent."""
+    if abs(number) < 1e-9:
+        return f"{number:.2g}"
+    return f"{number:.{1 - math.floor(math.log10(abs(number)))}f}".rstrip("0")
+
+
+def count(number: float, noun: str, plural: str = "") -> str:
+    """Return a number with its noun: "1 node", "1,200 nodes", "0 nodes", "0.5 seconds"."""
+    shown = figure(number)
+    return f"{shown} {noun if shown == '1' else plural or noun + 's'}"
+
+
+# --- exceptions -------------------------------------------------------------------------------
 
 
 def short_repr(value: Any) -> str:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, overload
 
-from resilience.errors import InvalidValue
+from resilience.errors import InvalidValue, count, figure
 
 if TYPE_CHECKING:
     from resilience.budget import Spending
@@ -107,7 +107,7 @@ class SuccessfulItems(Sequence[int]):
         raise IndexError(at)
 
     def __repr__(self) -> str:
-        return f"<{len(self)} items in {len(self._runs)} ranges>"
+        return f"<{count(len(self), 'item')} in {count(len(self._runs), 'range')}>"
 
 
 class Outputs(list[Any]):
@@ -195,7 +195,9 @@ class Receipt(tuple[Shaped, ...]):
 
     def __str__(self) -> str:
         return (
-            "; ".join(f"{each.strategy} at {each.level}: {each.items} items" for each in self)
+            "; ".join(
+                f"{each.strategy} at {each.level}: {count(each.items, 'item')}" for each in self
+            )
             or "nothing was left out"
         )
 
@@ -206,10 +208,10 @@ NOTHING_LEFT_OUT = Receipt()
 def receipt_of(rounds: Sequence[Mapping[str, str]]) -> Receipt:
     """Return the receipt of a job and its rounds from their facts in the ledger."""
     counts: Counter[tuple[str, str]] = Counter()
-    for name, count in (each for facts in rounds for each in facts.items()):
+    for name, number in (each for facts in rounds for each in facts.items()):
         if name.startswith("shaped:"):
             _, strategy, level = name.split(":")
-            counts[strategy, level] += int(count)
+            counts[strategy, level] += int(number)
     return Receipt(
         Shaped(strategy, level, items) for (strategy, level), items in sorted(counts.items())
     )
@@ -379,4 +381,4 @@ def rows(spent: Spending) -> list[tuple[str, ...]]:
 def _shown(unit: str, units: Mapping[str, float]) -> str:
     if unit not in units:
         return ""
-    return f"{units[unit]:,.4f}" if unit == "money" else f"{units[unit]:,.0f}"
+    return figure(units[unit])

@@ -5,9 +5,11 @@ The command line, Flower, explanations and errors use it.  Each function returns
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
+
+from resilience.errors import count as count
+from resilience.errors import figure as figure
 
 _UNITS = ((172_800.0, 86_400.0, "d"), (7200.0, 3600.0, "h"), (120.0, 60.0, "min"), (1.0, 1.0, "s"))
 """A duration from the first number of seconds on has the unit, which has the second number."""
@@ -15,19 +17,6 @@ DATED_S = 43_200.0
 """A time that is longer ago than this is shown with its date, in seconds."""
 NAMED = 3
 """A list names this many, and counts the others."""
-
-
-def figure(number: float) -> str:
-    """Return a number with the digits that matter: "1,200", "2.25", "0.00007", never "1e+07"."""
-    if not number % 1 or abs(number) >= 1000:
-        return f"{number:,.0f}"
-    decimals = 2 if abs(number) >= 1 else 1 - math.floor(math.log10(abs(number)))
-    return f"{number:.{decimals}f}".rstrip("0").rstrip(".")
-
-
-def count(number: float, noun: str) -> str:
-    """Return a number with its noun: "1 node", "1,200 nodes", "0 nodes", "0.5 seconds"."""
-    return f"{figure(number)} {noun if number == 1 else noun + 's'}"
 
 
 def duration(seconds: float) -> str:
@@ -66,12 +55,6 @@ def instant(at: float, now: float | None = None) -> str:
     if now is None:
         return f"at {dated}"
     return f"{age(now - at)} ({dated if now - at > DATED_S else clock(at)})"
-
-
-def money(amount: float) -> str:
-    """Return an amount with four decimals, a small one with two digits: "1.2000", "0.000072"."""
-    digits = 4 if amount >= 0.01 or not amount else 1 - math.floor(math.log10(abs(amount)))
-    return f"{amount:,.4f}" if digits <= 4 else f"{amount:.{digits}f}".rstrip("0")
 
 
 def listed(names: Sequence[str], *, noun: str = "", most: int = NAMED) -> str:

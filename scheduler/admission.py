@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from resilience.degradation import Level
-from resilience.errors import Category, Denied
+from resilience.errors import Category, Denied, count
 from resilience.keys import Keys
 from resilience.store import Call, Script, Store
 from scheduler.queues import QueueReport
@@ -103,7 +103,9 @@ def full(
     longest_s = settings.wait_s(priority)
     lasts_s: dict[str, float] = {}  # reason -> the time for which it will hold
     if most and depth >= most:
-        lasts_s[f"{depth} messages wait, the limit is {most}"] = (depth - most + 1) * age_s / depth
+        lasts_s[f"{count(depth, 'message waits', 'messages wait')}, the limit is {most:,}"] = (
+            (depth - most + 1) * age_s / depth
+        )
     if longest_s and age_s > longest_s:
         reason = f"its oldest message waits for {age_s:.0f} s, the limit is {longest_s:g} s"
         lasts_s[reason] = age_s - longest_s

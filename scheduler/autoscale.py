@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import msgspec
 
 from resilience.degradation import Level
+from resilience.errors import count
 from scheduler.forecast import HORIZON_S, Holt
 from scheduler.settings import AutoscaleSettings
 
@@ -193,11 +194,11 @@ class ClusterAdvice(msgspec.Struct):
         reasons, needed = self._triggers(load, settings, now), self._needed(load)
         more = max(desired, load.workers + settings.increment if reasons else 0)
         if (forecast := min(needed, MOST_GROWTH * load.workers)) > more:
-            reasons.append(f"{needed} workers will be needed in {HORIZON_S:.0f} s")
+            reasons.append(f"{count(needed, 'worker')} will be needed in {HORIZON_S:.0f} s")
         # At least one worker stays: without any, no monitor could ask for a worker again.
         fewer = _within(settings, max(1, desired - settings.increment))
         if not reasons and fewer < desired and needed <= fewer and _fits(load, settings, fewer):
-            return fewer, f"{fewer} workers can carry the load"
+            return fewer, f"{count(fewer, 'worker')} can carry the load"
         return _within(settings, max(more, forecast)), "; ".join(reasons)
 
     def _triggers(self, load: Load, settings: AutoscaleSettings, now: float) -> list[str]:
@@ -208,7 +209,8 @@ class ClusterAdvice(msgspec.Struct):
         triggers = {
             f"CPU at {load.cpu_pct:.0f} % {lasted}": cpu,
             f"memory at {load.memory_pct:.0f} % {lasted}": memory,
-            f"{load.queue_depth} messages wait": load.queue_depth >= settings.queue_depth,
+            count(load.queue_depth, "message waits", "messages wait"): load.queue_depth
+            >= settings.queue_depth,
             f"a message has waited for {load.oldest_wait_s:.0f} s": waits_long,
         }
         return [reason for reason, holds in triggers.items() if holds]

@@ -19,7 +19,7 @@ from redis.exceptions import ResponseError
 from resilience.breaker import CircuitBreakers
 from resilience.bulkhead import URGENCY, Wake
 from resilience.degradation import CONSTRAINTS, Level
-from resilience.errors import StoreUnauthorised
+from resilience.errors import StoreUnauthorised, count
 from resilience.store import Store
 from scheduler.admission import SHED_FROM, WaitingRoom, full, sheds
 from scheduler.alerts import Alerts, ResourcePressureEvent, Webhook
@@ -248,7 +248,12 @@ class Monitor:
             by_depth = 100.0 * report.depth / most if most else 0.0
             oldest = f", the oldest for {age_s:.0f} s" if age_s >= 1 else ""
             percent = min(critical - BELOW_CRITICAL_PCT, max(by_age, by_depth, 0.0))
-            pressures.append((percent, f"{report.depth} messages wait in {name}{oldest}"))
+            pressures.append(
+                (
+                    percent,
+                    f"{count(report.depth, 'message waits', 'messages wait')} in {name}{oldest}",
+                )
+            )
         return max(pressures)
 
     def _redis_pct(self) -> float | None:
@@ -349,7 +354,7 @@ class Monitor:
         if not advice.changed:
             return
         data = {"desired_workers": advice.desired, "why": advice.why}
-        message = f"{advice.desired} workers are advised: {advice.why}"
+        message = f"The advice is to run {count(advice.desired, 'worker')}: {advice.why}"
         self._events.emit(SCALING_ADVISED.event(message, data))
         if self._webhook is not None:
             self._webhook.send(f"scaling-{advice.desired}", data)

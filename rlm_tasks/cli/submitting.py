@@ -146,7 +146,9 @@ def plan(ctx: click.Context, /, as_json: bool, **request: Any) -> None:
 
 
 def _round(planned: PlannedRound) -> tuple[Any, ...]:
-    money = (f"{amount:,.4f}" for amount in (planned.money.p50, planned.money.p90))
+    from rlm_tasks.words import figure
+
+    money = map(figure, (planned.money.p50, planned.money.p90))
     return (
         planned.number,
         planned.operation,

@@ -16,6 +16,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 from resilience.degradation import Degradation
+from rlm_tasks import words
 from rlm_tasks.client.platform_status import Pressure
 from rlm_tasks.jobs.file_roots import FilesRoot
 from rlm_tasks.jobs.items import ItemSample, source_of
@@ -26,6 +27,7 @@ from rlm_tasks.llm.endpoint_pool import BYTES_PER_TOKEN, EndpointPool
 from rlm_tasks.llm.forecast import Z90, Outlook
 from rlm_tasks.operations import registry
 from rlm_tasks.operations.ports import RoundForecast
+from rlm_tasks.words import count, figure
 from scheduler.slots import SlotBoard
 
 if TYPE_CHECKING:
@@ -106,12 +108,12 @@ class Plan:
         return asdict(self)
 
     def __str__(self) -> str:
-        lines = [f"{self.operation} over {_number(self.items)} items", self._calls()]
+        lines = [f"{self.operation} over {count(self.items, 'item')}", self._calls()]
         if self.calls.p90:
             lines += [f"Tokens: {_amount(self.tokens)}", f"Money: {_amount(self.money)}"]
         lines += [
             self._time(),
-            f"Nodes: about {_number(self.nodes)}, slots: {self.slots}",
+            f"Nodes: about {figure(self.nodes)}, slots: {self.slots}",
             self._budget(),
             self._basis(),
             *self.notes,
@@ -121,7 +123,7 @@ class Plan:
     def _calls(self) -> str:
         if not self.calls.p90:
             return "No calls to models"
-        rounds = f"{len(self.rounds)} round{'s' * (len(self.rounds) > 1)}"
+        rounds = count(len(self.rounds), "round")
         models = ", ".join(f"{model} ({tier} tier)" for tier, model in self.models.items())
         pressure = "" if self.level == "normal" else f", pressure is {self.level}"
         return f"Calls: {_amount(self.calls)}, in {rounds}, to {models}{pressure}"
@@ -129,17 +131,17 @@ class Plan:
     def _time(self) -> str:
         if self.time_s is None:
             return f"Time: not known{f', there is {self.limited_by}' if self.limited_by else ''}"
-        time = _both(_lasting(self.time_s.p50), _lasting(self.time_s.p90))
+        time = _both(words.duration(self.time_s.p50), words.duration(self.time_s.p90))
         return f"Time: {time}, limited by {self.limited_by}"
 
     def _basis(self) -> str:
         """Say which earlier calls the estimate rests on."""
         if not (self.calls.p90 and self.based_on):
             return ""
-        calls = f"Based on {_number(self.based_on)} earlier calls to the model"
+        calls = f"Based on {count(self.based_on, 'earlier call')} to the model"
         if not self.alike:
             return f"{calls}, none with these params: lengths of answers may differ much"
-        return f"{calls}, {_number(min(self.alike, self.based_on))} of them with these params"
+        return f"{calls}, {figure(min(self.alike, self.based_on))} of them with these params"
 
     def _budget(self) -> str:
         if (budget := self.budget) is None:
@@ -155,29 +157,11 @@ class Plan:
 
 
 def _amount(amount: Estimate) -> str:
-    return _both(_number(amount.p50), _number(amount.p90))
+    return _both(figure(amount.p50), figure(amount.p90))
 
 
 def _both(p50: str, p90: str) -> str:
     return p50 if p50 == p90 else f"{p50}, at p90 {p90}"
-
-
-def _number(amount: float) -> str:
-    if amount % 1 and amount < 1000:
-        return f"{amount:.2f}" if amount >= 1 else f"{amount:.2g}"
-    return f"{amount:,.0f}"
-
-
-def _lasting(seconds: float) -> str:
-    """Return a time in its two largest units."""
-    for size, unit, smaller, name in (
-        (86_400, "d", 3600, "h"),
-        (3600, "h", 60, "min"),
-        (60, "min", 1, "s"),
-    ):
-        if seconds >= size:
-            return f"{seconds // size:.0f} {unit} {seconds % size // smaller:.0f} {name}"
-    return f"{seconds:.1f} s"
 
 
 ROUND_S = 0.1

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from resilience.errors import StoreUnavailable, is_a, name_of
+from resilience.errors import StoreUnavailable, count, is_a, name_of
 from rlm_tasks.engine.crashpoints import CrashPoint, no_hook
 from rlm_tasks.engine.node_events import NodeEvents
 from rlm_tasks.engine.rounds import RoundFailed, Rounds
@@ -79,7 +79,7 @@ def merge_root(
     reached(CrashPoint.BEFORE_CLOSE)
     ended = end(Status.SUCCEEDED, answer)
     if ended:
-        logger.info("Job ended as %s: %s items of %s", ended, f"{spec.n:,}", operation.name)
+        logger.info("Job ended as %s: %s of %s", ended, count(spec.n, "item"), operation.name)
     if ended == Status.SUCCEEDED:
         emission.emit(spec.emits)
     return ended

@@ -21,6 +21,8 @@ from rlm_tasks.jobs.item_failures import alike
 from rlm_tasks.results import COLUMNS, Progress, Status, rows
 from rlm_tasks.telemetry.exposition import BREAKER_STATES
 from rlm_tasks.tones import BREAKER_TONES, Tone, level_tone
+from rlm_tasks.words import age, duration, figure, next_probe
+from rlm_tasks.words import count as counted
 
 if TYPE_CHECKING:
     from rlm_tasks.client.client import Client
@@ -153,7 +155,7 @@ def jobs(client: Client) -> Picture:
     table = Table(
         title="", columns=columns, rows=rows, empty="No job has been submitted yet.", minor=minor
     )
-    return Picture(f"The newest {len(listed)} jobs.", cards=cards, tables=[table])
+    return Picture(f"The newest {counted(len(listed), 'job')}.", cards=cards, tables=[table])
 
 
 def _job_row(spec: JobSpec, at: Progress) -> list[str | Cell]:
@@ -166,7 +168,7 @@ def _job_row(spec: JobSpec, at: Progress) -> list[str | Cell]:
         f"{at.total:,}",
         Cell(f"{at.failed:,}", "danger" if at.failed else ""),
         f"{at.nodes:,}",
-        Cell(_seconds(at.elapsed_s), note=_remaining(at)),
+        Cell(duration(at.elapsed_s), note=_remaining(at)),
         "" if at.status.final else Cell("", action=_cancel(spec.job)),
     ]
 
@@ -178,7 +180,7 @@ def _share(at: Progress) -> Cell:
 
 
 def _remaining(at: Progress) -> str:
-    return "" if at.status.final or at.eta_s is None else f"{_seconds(at.eta_s)} left"
+    return "" if at.status.final or at.eta_s is None else f"{duration(at.eta_s)} left"
 
 
 def _cancel(job: str) -> Action:
@@ -213,9 +215,9 @@ def job(client: Client, job_id: str) -> Picture:
     at = handle.progress()
     cards = [
         Card("Status", *shown(at.status, at.failed)),
-        Card(f"Done, of {at.total:,} items", f"{at.done:,}"),
+        Card(f"Done, of {counted(at.total, 'item')}", f"{at.done:,}"),
         Card("Failed", f"{at.failed:,}", "danger" if at.failed else ""),
-        Card("Time", _seconds(at.elapsed_s)),
+        Card("Time", duration(at.elapsed_s)),
     ]
     actions = [] if at.status.final else [_cancel(job_id)]
     if at.status.final and at.failed:
@@ -240,7 +242,7 @@ def _pace(at: Progress) -> str:
     """Return the rate and the remaining time; '' while unknown."""
     if not at.rate:
         return ""
-    parts = (f"{at.rate:,.1f} items per second", _remaining(at))
+    parts = (f"{counted(round(at.rate, 1), 'item')} per second", _remaining(at))
     return f" {', '.join(filter(None, parts))}."
 
 
@@ -251,7 +253,7 @@ def _tree(tree: Tree) -> Table:
             f"{node.lo:,} to {node.hi:,}",
             f"{node.worked:,}",
             Cell(node.state, _NODE_TONES.get(node.state, ""), badge=True),
-            _seconds(node.duration_ms / 1000),
+            duration(node.duration_ms / 1000),
             node.worker,
             node.why,
         ]
@@ -327,20 +329,19 @@ def _log(handle: Job) -> Table:
     events = handle.events()
     rows = [[_clock(each.at), each.event, each.detail] for each in events[-EVENTS:]]
     return Table(
-        _counted(title="Events", count=len(events), noun="event", most=EVENTS, which="last"),
+        _counted(title="Events", number=len(events), noun="event", most=EVENTS, which="last"),
         ("At", "Event", "About"),
         rows,
         "Nothing yet.",
     )
 
 
-def _counted(title: str, count: int, noun: str, most: int, which: str = "first") -> str:
+def _counted(title: str, number: int, noun: str, most: int, which: str = "first") -> str:
     """Return a title with the number of rows, and the number that is shown."""
-    if not count:
+    if not number:
         return title
-    return f"{title}: {count:,} {noun}{'s' if count > 1 else ''}" + (
-        f", the {which} {most}" if count > most else ""
-    )
+    rest = f", the {which} {most}" if number > most else ""
+    return f"{title}: {counted(number, noun)}{rest}"
 
 
 # --- the platform -----------------------------------------------------------------------------
@@ -439,8 +440,8 @@ def breakers(client: Client) -> Picture:
             name,
             Cell(at["state"], BREAKER_TONES[at["state"]], badge=True),
             f"{at['failure_count']:,}",
-            _ago(now - at["last_failure_time"]) if at["last_failure_time"] else "never",
-            f"in {_seconds(at['retry_after_s'])}" if at["retry_after_s"] else "",
+            age(now - at["last_failure_time"]) if at["last_failure_time"] else "never",
+            next_probe(at["state"], at["retry_after_s"]),
             "" if at["state"] == "closed" else Cell("", action=_close(name)),
         ]
         for name, at in sorted(
@@ -486,9 +487,9 @@ def limits(client: Client) -> Picture:
             each.service,
             each.name,
             _fill(each),
-            f"{each.per_s:g} s" if each.per_s else "at once",
+            duration(each.per_s) if each.per_s else "at once",
             f"{each.waiting:,}" if each.waiting else "",
-            f"for {_seconds(each.hold_s)}" if each.hold_s else "",
+            f"for {duration(each.hold_s)}" if each.hold_s else "",
         ]
         for each in reports
     ]
@@ -513,7 +514,7 @@ def limits(client: Client) -> Picture:
 
 def _fill(at: LimitReport) -> Cell:
     tone: Tone = "warning" if at.fill >= 1 else "active"
-    return Cell(f"{_figure(at.used)} of {_figure(at.limit)}", tone, bar=min(1.0, at.fill))
+    return Cell(f"{figure(at.used)} of {figure(at.limit)}", tone, bar=min(1.0, at.fill))
 
 
 def queues(client: Client) -> Picture:
@@ -527,7 +528,7 @@ def queues(client: Client) -> Picture:
         [
             name,
             f"{at.depth:,}",
-            "" if at.oldest_s is None else _seconds(at.oldest_s),
+            "" if at.oldest_s is None else duration(at.oldest_s),
             f"{parked[name]:,}",
             f"{running[name]:,}",
             ", ".join(consumers[name])
@@ -539,7 +540,7 @@ def queues(client: Client) -> Picture:
     ages = [at.oldest_s for at in reports.values() if at.oldest_s is not None]
     cards = [
         Card("Messages", f"{sum(at.depth for at in reports.values()):,}"),
-        Card("The oldest waits", _seconds(max(ages)) if ages else "none"),
+        Card("The oldest waits", duration(max(ages)) if ages else "none"),
         Card("Parked nodes", f"{parked.total():,}"),
         Card("In flight", f"{running.total():,}", "active"),
     ]
@@ -574,23 +575,6 @@ PAGES: dict[str, Callable[[Client], Picture]] = {
 
 def _short(job: str) -> str:
     return job.partition("-")[0]
-
-
-def _figure(value: float) -> str:
-    return f"{round(value, 1):,.10g}"
-
-
-def _seconds(seconds: float) -> str:
-    if not seconds:
-        return "0 s"
-    for unit, length in (("h", 3600), ("min", 60), ("s", 1)):
-        if seconds >= length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds * 1000:.0f} ms"
-
-
-def _ago(seconds: float) -> str:
-    return f"{_seconds(max(0.0, seconds))} ago"
 
 
 def _clock(at: float) -> str:

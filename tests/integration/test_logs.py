@@ -109,7 +109,7 @@ def test_a_line_of_text_ends_with_job_and_node(server: embedded.Server, logs: Pa
         re.MULTILINE,
     )
     assert re.search(
-        rf"^{header}Job ended as succeeded: 1 items of log_item{where}", text, re.MULTILINE
+        rf"^{header}Job ended as succeeded: 1 item of log_item{where}", text, re.MULTILINE
     )
     assert f"[{job.id}]" not in text, "Celery's line for each message has level DEBUG"
     assert re.search(r"^\[[^]]+INFO/MainProcess\] celery@\S+ ready\.$", text, re.MULTILINE)

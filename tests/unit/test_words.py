@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rlm_tasks.words import age, clock, count, duration, instant, listed, money
+from rlm_tasks.words import age, clock, count, duration, figure, instant, listed
 
 
 @pytest.mark.parametrize(
@@ -45,17 +45,27 @@ def test_a_time_of_day_names_its_zone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("amount", "text"),
+    ("number", "text"),
     [
-        (0, "0.0000"),
-        (1234.5, "1,234.5000"),
-        (0.02, "0.0200"),
-        (0.00007, "0.00007"),
+        (0, "0"),
+        (1_234_567.8, "1,234,568"),
+        (1234.4, "1,234"),
+        (12.5, "12.50"),
+        (0.02, "0.02"),
         (0.0012, "0.0012"),
+        (0.00007, "0.00007"),
+        (0.0000721, "0.000072"),
+        (2.0, "2"),
     ],
 )
-def test_a_small_amount_of_money_keeps_two_digits(amount: float, text: str) -> None:
-    assert money(amount) == text
+def test_a_number_keeps_the_digits_that_matter(number: float, text: str) -> None:
+    assert figure(number) == text
+
+
+def test_a_count_of_another_plural_agrees_with_its_verb() -> None:
+    counts = [count(each, "message waits", "messages wait") for each in (1, 12_000)]
+
+    assert counts == ["1 message waits", "12,000 messages wait"]
 
 
 @pytest.mark.parametrize(

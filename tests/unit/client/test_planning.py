@@ -180,7 +180,7 @@ def test_a_plan_as_text_and_as_plain_data() -> None:
         "Calls: 10, at p90 20, in 1 round, to a-model (small tier), pressure is high",
         "Tokens: 1,000, at p90 3,000",
         "Money: 0.5, at p90 1.50",
-        "Time: 1 min 15 s, at p90 2 h 1 min, limited by tokens",
+        "Time: 75 s, at p90 2 h, limited by tokens",
         "Nodes: about 2, slots: 2",
         "Budget: suffices, but not at p90; its tokens pay for this share of the items: "
         "100%, at p90 50%",

@@ -209,13 +209,13 @@ def test_the_retry_time_is_when_enough_messages_have_been_served(
 @pytest.mark.parametrize(
     ("depth", "age", "why"),
     [
-        (12_000, 3.0, "12000 messages wait, the limit is 10000"),
+        (12_000, 3.0, "12,000 messages wait, the limit is 10,000"),
         (7, 45.4, "its oldest message waits for 45 s, the limit is 30 s"),
         (
             12_000,
             45.4,
             (
-                "12000 messages wait, the limit is 10000; its oldest message waits for 45 s, the "
+                "12,000 messages wait, the limit is 10,000; its oldest message waits for 45 s, the "
                 "limit is 30 s"
             ),
         ),

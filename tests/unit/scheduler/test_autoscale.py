@@ -228,14 +228,14 @@ def test_a_calm_cluster_stays_as_it_is() -> None:
         ({"memory_pct": 80}, 300, 5, "memory at 80 % for 300 s"),
         ({"memory_pct": 79.9}, 300, 4, ""),
         ({"queue_depth": 999}, 300, 4, ""),
-        ({"queue_depth": 1000}, 0, 5, "1000 messages wait"),
+        ({"queue_depth": 1000}, 0, 5, "1,000 messages wait"),
         ({"oldest_wait_s": 29.9}, 300, 4, ""),
         ({"oldest_wait_s": 30}, 0, 5, "a message has waited for 30 s"),
         (
             {"queue_depth": 2000, "oldest_wait_s": 60},
             0,
             5,
-            "2000 messages wait; a message has waited for 60 s",
+            "2,000 messages wait; a message has waited for 60 s",
         ),
     ],
 )

@@ -542,7 +542,7 @@ def test_advice_is_published_when_it_changes(platform: MonitoredPlatform) -> Non
     sent = [each["desired_workers"] for each in platform.webhook.sent]
     assert sent == [2, 3]
     assert [each.data["desired_workers"] for each in platform.events("scaling.advised")] == sent
-    assert "5000 messages wait" in str(platform.webhook.sent[-1]["why"])
+    assert "5,000 messages wait" in str(platform.webhook.sent[-1]["why"])
 
 
 # --- forecasts --------------------------------------------------------------------------------
