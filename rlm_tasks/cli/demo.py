@@ -73,6 +73,8 @@ def _progress_bar(notes: Console) -> Iterator[Callable[[Progress], None]]:
     """Show a bar for the length of a block, and yield the function that moves it."""
     from rich import progress as bars
 
+    from rlm_tasks.words import count
+
     columns = (
         bars.TextColumn("{task.description}"),
         bars.BarColumn(),
@@ -89,7 +91,7 @@ def _progress_bar(notes: Console) -> Iterator[Callable[[Progress], None]]:
                 line,
                 total=progress.total,
                 completed=progress.done + progress.failed + progress.skipped,
-                description=f"{progress.nodes} nodes, {progress.splits} splits",
+                description=f"{count(progress.nodes, 'node')}, {count(progress.splits, 'split')}",
             )
 
         yield show
@@ -100,19 +102,21 @@ def _row(each: Compared) -> dict[str, Any]:
 
 
 def _show_report(outcome: Outcome) -> None:
+    from rlm_tasks.words import count
+
     report, folder = outcome.result.output, Path(outcome.folder)
     deepest, where = report["deepest"]
     names = ("files", "lines", "functions", "classes", "branches")
     say(f"Python files below {folder}")
     table("", ("what", "count"), [(name, report[name]) for name in names])
-    say(f"Deepest nesting: {deepest} levels, in {_short(where, folder)}\n")
+    say(f"Deepest nesting: {count(deepest, 'level')}, in {_short(where, folder)}\n")
     rows = (
-        (count, name, f"{_short(path, folder)}:{line}")
-        for count, path, line, name in report["complex"]
+        (branches, name, f"{_short(path, folder)}:{line}")
+        for branches, path, line, name in report["complex"]
     )
     table("The ten most complex functions", ("branches + 1", "function", "where"), rows)
     if outcome.result.failed_count:
-        say(f"{outcome.result.failed_count} files could not be parsed:")
+        say(f"{count(outcome.result.failed_count, 'file')} could not be parsed:")
         for failure in outcome.result.failed[:5]:
             message = failure.message.replace(str(folder), "...")
             say(f"  item {failure.index}: {failure.type}: {message}")
@@ -124,33 +128,38 @@ def _short(path: str, folder: Path) -> str:
 
 
 def _show_run(outcome: Outcome, others: list[Compared]) -> None:
+    from rlm_tasks.words import count
+
     metrics = outcome.result.metrics
     rows: list[tuple[str, Any]] = [
-        ("wall time", f"{outcome.wall_s:.2f} s on {outcome.slots} slots"),
+        ("wall time", f"{outcome.wall_s:.2f} s on {count(outcome.slots, 'slot')}"),
         ("nodes", metrics.nodes),
-        ("splits and tail calls", f"{metrics.splits} and {metrics.yields}"),
+        ("splits", metrics.splits),
+        ("tail calls", metrics.yields),
         ("depth of the tree", metrics.max_depth),
         ("slots' busy share", f"{outcome.busy_share:.0%}"),
-        ("speed-up (summed item time over wall time)", f"{outcome.speed_up:.2f}"),
-        ("largest worker process", f"{metrics.peak_memory_mb:.0f} MB"),
-        ("left out under pressure", str(outcome.result.receipt)),
+        ("speed-up", f"{outcome.speed_up:.2f}, the summed time of items over wall time"),
+        ("largest process", f"{metrics.peak_memory_mb:.0f} MB"),
+        ("left out", str(outcome.result.receipt)),
     ]
     table("How it ran", ("what", "figure"), rows)
     if others:
-        ours = ("RLM Tasks, without a chunk size", f"{outcome.wall_s:.2f} s", "1.00", "yes")
+        say("")
+        ours = (f"{outcome.wall_s:.2f} s", "1.00", "yes", "RLM Tasks, without a chunk size")
         compared = (
             (
-                each.name,
                 f"{each.wall_s:.2f} s",
                 f"{each.wall_s / outcome.wall_s:.2f}",
                 "yes" if each.same_report else "NO",
+                each.name,
             )
             for each in others
         )
         table(
             "The same work in other ways",
-            ("how", "wall time", "times ours", "same report"),
+            ("wall time", "times ours", "same report", "how"),
             [ours, *compared],
+            minor=("times ours", "same report"),
         )
 
 

@@ -229,10 +229,16 @@ def test_the_demo_prints_tables(tmp_path: Path) -> None:
         "class A:\n    def f(self):\n        return [i for i in range(3) if i]\n", encoding="utf-8"
     )
 
-    done = rlm({}, "demo", "--path", str(tmp_path))
+    done = rlm({}, "demo", "--slots", "1", "--path", str(tmp_path))
 
     assert done.returncode == 0, done.stderr
-    for text in ("most complex functions", "slots' busy share", "speed-up", "one.py:2"):
+    for text in (
+        "most complex functions",
+        "slots' busy share",
+        "speed-up",
+        "one.py:2",
+        "s on 1 slot\n",
+    ):
         assert text in done.stdout
 
 
