@@ -53,10 +53,10 @@ def _sentence(platform: PlatformStatus, client: Client) -> str:
 
 def _show_hosts(platform: PlatformStatus) -> None:
     columns = ("worker", "level", "busy", "CPU", "memory", "queues", "why")
-    rows = (
+    rows: Iterable[Row] = (
         (
             host.worker,
-            _level(host.level),
+            _level(host.level) if platform.enabled else "off",
             f"{host.busy} of {host.slots}",
             f"{host.sample.cpu_pct:.0f} %" if host.sample else "?",
             f"{host.sample.memory_pct:.0f} %" if host.sample else "?",
@@ -102,7 +102,9 @@ def pressure(ctx: click.Context, as_json: bool) -> None:
         print_json({name: value for name, value in platform.to_dict().items() if name in names})
         return
     say(_sentence(platform, client))
-    say(f"Left out at this level: {', '.join(platform.strategies) or 'nothing'}\n")
+    if platform.known:
+        say(f"Left out at this level: {', '.join(platform.strategies) or 'nothing'}")
+    say("")
     _show_hosts(platform)
 
 

@@ -59,7 +59,7 @@ def idle(server: embedded.Server) -> Iterator[Client]:
     [
         (["status"], ["The pressure is not known", " worker", "Workers: none"]),
         (["jobs"], ["Jobs"]),
-        (["pressure"], ["Left out at this level: nothing"]),
+        (["pressure"], ["The pressure is not known", "Workers: none"]),
         (["pressure", "history"], ["Recent pressure: none"]),
         (["breakers"], ["fragile", "closed", "never"]),
         (["limits"], ["metered", "requests", "in 1 s", "narrow", "in flight"]),
@@ -153,6 +153,20 @@ def test_without_redis_each_command_names_the_url(arguments: Sequence[str]) -> N
 
 
 # --- actions ----------------------------------------------------------------------------------
+
+
+def test_pressure_that_is_off_has_no_level_on_any_host(client: Client) -> None:
+    client.pressure.force("critical", 60)
+    try:
+        outputs = [run(client, name, "--wide").stdout for name in ("status", "pressure")]
+    finally:
+        client.pressure.release()
+
+    for output in outputs:
+        assert output.startswith("Pressure is switched off (RLM_PRESSURE__ENABLED=0).")
+        [worker] = [line.split() for line in output.splitlines() if line.startswith("celery@")]
+        assert worker[1] == "off"
+        assert "Left out" not in output
 
 
 def test_a_drill_starts_and_ends(idle: Client) -> None:
