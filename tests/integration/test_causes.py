@@ -538,9 +538,15 @@ CAUSES: dict[str, tuple[Injection, dict[str, str]]] = {
     ),
     "a job that is stopping": (
         stopping,
-        {"explain": r"It is stopping because it was cancelled; 1 node is still in a slice"},
+        {
+            "explain": r"It is stopping because it was cancelled \S+ m?s ago \(\S+ UTC\) by "
+            r"\S+@\S+; 1 node is still in a slice"
+        },
     ),
-    "a cancelled job": (cancelled, {"explain": r"^It was cancelled .*ago"}),
+    "a cancelled job": (
+        cancelled,
+        {"explain": r"^It was cancelled \S+ m?s ago \(\S+ UTC\) by \S+@\S+: 0 of 1 items"},
+    ),
     "a failed item": (
         submitted(ended=True, operation="cause.fails", items=["x"]),
         {"explain": r"It failed because an item failed"},

@@ -397,7 +397,9 @@ def test_a_worker_retries_channel_errors_unless_the_app_disables_it() -> None:
 def test_the_page_shows_the_files_of_the_example() -> None:
     name = "docs/existing_apps.md"
     files = {
-        block.title: block.text for block in read(name, PAGES[name]) if block.language == "python"
+        block.title: block.text
+        for block in read(name, PAGES[name])
+        if block.language == "python" and block.title
     }
     example = {
         each: (ROOT / "docs/examples/existing_app" / each).read_text(encoding="utf-8")
