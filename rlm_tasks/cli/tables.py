@@ -1,13 +1,12 @@
 """Tables on a screen: no wider than it, without the columns that matter least where it is narrow.
 
-Commands call `table`.  Rich draws the columns that `_fitting` keeps, with the widths of `_widths`.
+Commands call `table`.  It draws the columns that `_fitting` keeps, with the widths of `_widths`.
 """
 
 from __future__ import annotations
 
 import re
-import sys
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -116,7 +115,7 @@ def _print(whole: Sequence[_Column], shown: Sequence[_Column], width: int | None
     """Print the columns that are shown, and a line on the others."""
     widths = _widths(shown, width)
     for line in _drawn(shown, widths):
-        click.echo(line)
+        click.echo(line, color=None if may_color() else False)
     cut = [
         each.name
         for each in shown
@@ -216,34 +215,49 @@ def _cut_words(text: str, width: int) -> str:
 # --- lines ------------------------------------------------------------------------------------
 
 
-def _drawn(columns: Sequence[_Column], widths: Mapping[str, int]) -> list[str]:
-    """Return the lines of a table with these widths."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    drawn = Table(box=None, padding=(0, _GAP, 0, 0), pad_edge=False, header_style="bold")
-    for each in columns:
-        width = widths[each.name]
-        drawn.add_column(
-            Text(_cut(each.name, width)),
-            width=width,
-            justify="right" if each.is_figure else "left",
-        )
+def _drawn(columns: Sequence[_Column], widths: Mapping[str, int]) -> Iterator[str]:
+    """Yield the lines of a table with these widths."""
+    yield from _lines(columns, widths, [(_cut(e.name, widths[e.name]), "") for e in columns], True)
     texts = zip(*(each.shown(widths[each.name]) for each in columns), strict=True)
     colors = zip(*([color for _, color in each.cells] for each in columns), strict=True)
     for row in zip(texts, colors, strict=True):
-        drawn.add_row(*(Text(text, style=color) for text, color in zip(*row, strict=True)))
-    has_colors = sys.stdout.isatty() and may_color()
-    console = Console(
-        width=sum(widths.values()) + _gaps(columns),
-        force_terminal=has_colors,
-        color_system="standard" if has_colors else None,
-        legacy_windows=False,
-    )
-    with console.capture() as captured:
-        console.print(drawn)
-    return [line.rstrip() for line in captured.get().splitlines()]
+        yield from _lines(columns, widths, [*zip(*row, strict=True)])
+
+
+def _lines(
+    columns: Sequence[_Column],
+    widths: Mapping[str, int],
+    cells: Sequence[tuple[str, str]],
+    bold: bool = False,
+) -> Iterator[str]:
+    """Yield the lines of one row: the last column is wrapped by words, all others fit."""
+    from rich.cells import cell_len
+
+    *fixed, (last, color) = cells
+    for part in _wrapped(last, widths[columns[-1].name]):
+        line = ""
+        for each, (text, style) in zip(columns, [*fixed, (part, color)], strict=True):
+            blank = " " * (widths[each.name] - cell_len(text))
+            shown = (
+                click.style(text, fg=style or None, bold=bold or None) if style or bold else text
+            )
+            line += (blank + shown if each.is_figure else shown + blank) + " " * _GAP
+        yield line.rstrip()
+        fixed = [("", "")] * len(fixed)
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    """Return the lines of a text whose words fit."""
+    from rich.cells import cell_len
+
+    lines = [""]
+    for word in text.split(" "):
+        longer = f"{lines[-1]} {word}" if lines[-1] else word
+        if cell_len(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
 
 
 def _say_rest(dropped: Sequence[str], cut: Sequence[str]) -> None:

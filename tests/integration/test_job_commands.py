@@ -465,7 +465,7 @@ NOT_FOR_A_LIST = (
     "tests.integration.ops",
     "openai",
     "opentelemetry.exporter",
-    "rich.progress",
+    "rich.console",
 )
 """Modules that `rlm jobs` must not import; the user's own operations are one of them."""
 
