@@ -18,6 +18,7 @@ from rlm_tasks.client.job_reader import progress_of
 from rlm_tasks.errors import MOST_LISTED, InvalidRequest, JobNotFound, JobUnreadable
 from rlm_tasks.jobs import spec as specs
 from rlm_tasks.jobs.spec import JobSpec
+from rlm_tasks.jobs.storable import is_text
 from rlm_tasks.ledger.job_counters import JobReading, read_counters
 from rlm_tasks.ledger.ledger import Ledger
 from rlm_tasks.results import Progress, Status
@@ -36,11 +37,15 @@ _END_S = 253_402_300_800
 # --- by the beginning of an id ----------------------------------------------------------------
 
 
-def full_id(ledger: Ledger, job: str) -> str:
+def full_id(ledger: Ledger, job: Any) -> str:
     """Return the id of a job from the id or its beginning.
 
     A full id takes one round trip.  Raises JobNotFound, InvalidRequest when several ids begin so.
     """
+    if not isinstance(job, str):
+        raise InvalidRequest("job", job, "must be the id of a job, a text")
+    if not is_text(job):
+        raise JobNotFound(ascii(job))
     if ledger.job_list.known([job]):
         return job
     prefix = job.strip().rstrip("….").lower()

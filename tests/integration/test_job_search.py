@@ -203,9 +203,25 @@ def test_four_characters_are_enough_where_no_other_id_begins_so(
     [job] = opened(client_without_worker, 1, "sum")
 
     assert client_without_worker.job(job[:4]).id == job
-    for unknown in (job[:3], "", "nothing", "*", "????????", job + "0", "0000" + job[4:8]):
+    for unknown in (
+        job[:3],
+        "",
+        "nothing",
+        "*",
+        "????????",
+        job + "0",
+        "0000" + job[4:8],
+        "\udcff",
+        "\0",
+    ):
         with pytest.raises(JobNotFound):
             client_without_worker.job(unknown)
+
+
+@pytest.mark.parametrize("no_id", [7, None, uuid.uuid4(), ["a"], b"4ac56bc0"])
+def test_an_id_that_is_no_text_is_refused(client_without_worker: Client, no_id: Any) -> None:
+    with pytest.raises(InvalidRequest, match="must be the id of a job, a text"):
+        client_without_worker.job(no_id)
 
 
 def test_an_ambiguous_beginning_lists_the_jobs(
