@@ -20,12 +20,13 @@
 Every module raises them; users catch them.  Begin with `RlmError`: each class has a code, a
 category, a severity, and says whether a retry may help.  An error has its data as attributes, and
 its message says what to do next.  A denied call costs no attempt.  `name_of` and `text_of` describe
-an exception of any class, and never raise.
+an exception of any class, and never raise; `printable` is for texts that reach a terminal.
 """
 
 from __future__ import annotations
 
 import math
+import re
 import reprlib
 import sys
 from enum import IntEnum, StrEnum
@@ -40,6 +41,10 @@ TEXT_CHARS = 4000
 """The largest number of characters that are kept of an exception's message."""
 NAME_CHARS = 200
 """The largest number of characters that are kept of the name of an exception's class."""
+_CONTROLS = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ufff9-\ufffb"
+    "\U000e0000-\U000e007f\ud800-\udfff]"
+)
 _class_name = type.__dict__["__name__"].__get__  # the metaclass of an exception may hide its name
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = _short.maxlong = 200
@@ -502,6 +507,15 @@ def text_of(error: BaseException, most: int = TEXT_CHARS) -> str:
     except BaseException as broken:
         text = f"<str() of {name_of(error)} raised {name_of(broken)}>"
     return storable(str.__getitem__(text, slice(most)))
+
+
+def printable(text: str) -> str:
+    """Return a text in which characters that control a terminal are escapes; lines and tabs stay.
+
+    These are the control characters C0 and C1, marks of the direction of writing, invisible tags,
+    and what cannot be encoded.
+    """
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def storable(text: str) -> str:

@@ -13,6 +13,7 @@ import click
 
 from rlm_tasks.cli.screen import printable as printable
 from rlm_tasks.cli.screen import say as say
+from rlm_tasks.cli.screen import styled as styled
 from rlm_tasks.cli.tables import colored as colored
 from rlm_tasks.cli.tables import table as table
 from rlm_tasks.cli.tables import wide_option as wide_option
@@ -43,7 +44,7 @@ class Polite(click.Group):
         except RlmError as error:
             outline = getattr(error, "outline", "")  # a failed job has one
             shown = outline if outline and not shows_messages(ctx) else error
-            say(click.style(f"Error: {shown}", fg="red"), err=True)
+            say(styled(f"Error: {shown}", fg="red"), err=True)
             code = EX_USAGE if isinstance(error, InvalidValue) else EX_FAILED
             ctx.exit(EX_UNAVAILABLE if isinstance(error, StoreUnavailable) else code)
 

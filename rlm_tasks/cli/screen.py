@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import sys
 import textwrap
+from typing import Any
 
 import click
 
-_CONTROLS = re.compile(
-    r"(?!\x1b\[[0-9;]{0,8}m)[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]"
-)
+from resilience import errors
+
+_ESCAPE = f"\x00{secrets.token_hex(8)}"
+"""Stands for the escape character in our own colours: no text from elsewhere can contain it."""
 _COMMAND = re.compile(r"celery -A \S+(?: [\w./:=-]+)*")
 _GLUE = "\u00a0"
 """A space at which no line is broken."""
@@ -23,11 +26,12 @@ _GLUE = "\u00a0"
 def say(text: str, *, hang: int | None = None, err: bool = False, nl: bool = True) -> None:
     """Print a text by `click.echo`, without characters that control the terminal.
 
+    Only colours of `styled` pass: the text may come from a request, an exception or a model.
     A line that is longer than the screen is wrapped by words.  Its next lines are indented by
     `hang` characters, by default as its first line.
     """
     width = screen_width(err=err)
-    shown = printable(text)
+    shown = "\x1b".join(printable(part) for part in text.split(_ESCAPE))
     if width is not None:
         shown = "\n".join(_wrapped(line, width, hang) for line in shown.split("\n"))
     click.echo(shown, err=err, nl=nl, color=None if may_color() else False)
@@ -84,9 +88,11 @@ def may_color() -> bool:
     return not (off or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb")
 
 
-def printable(value: object) -> str:
-    """Return a value's text in which control characters are escapes; colours and lines stay.
+def styled(text: str, **style: Any) -> str:
+    """Return a text in a colour, as `click.style` does, for `say`."""
+    return click.style(printable(text), **style).replace("\x1b", _ESCAPE)
 
-    The text may come from a request, an exception or a model, which must not move the cursor.
-    """
-    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), str(value))
+
+def printable(value: object) -> str:
+    """Return a value's text in which control characters are escapes; lines and tabs stay."""
+    return errors.printable(str(value))

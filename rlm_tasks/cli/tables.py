@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import click
 
-from rlm_tasks.cli.screen import may_color, printable, say, screen_width
+from rlm_tasks.cli.screen import may_color, printable, say, screen_width, styled
 
 if TYPE_CHECKING:
     from rlm_tasks.tones import Tone
@@ -44,7 +44,7 @@ wide_option = click.option(
 
 def colored(word: str, tone: Tone) -> str:
     """Return a word in the colour of its tone, for `say`."""
-    return click.style(word, fg=_COLORS[tone]) if tone else word
+    return styled(word, fg=_COLORS[tone]) if tone else word
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,7 @@ def table(
     width = _room()
     whole = [*_columns(columns, cells)]
     if title:
-        say(click.style(title, bold=True))
+        say(styled(title, bold=True))
     if stacked and not has_room(sum(each.natural for each in whole) + _gaps(whole)):
         _stack(columns, cells)
     else:
@@ -139,7 +139,7 @@ def _room() -> int | None:
 def _cell(value: Cell) -> tuple[str, str]:
     """Return the text of a cell, on one line, and its colour."""
     text, tone = value if isinstance(value, tuple) else (value, "")
-    shown = f"{text:,}" if isinstance(text, int) else str(text).replace("\x1b", "\\x1b")
+    shown = f"{text:,}" if isinstance(text, int) else str(text)
     return " ".join(printable(shown).split()), _COLORS.get(tone, "")
 
 

@@ -21,6 +21,7 @@ from celery.app.log import TaskFormatter
 from celery.utils.log import ColorFormatter, get_multiprocessing_logger
 
 from resilience.connections import is_outage, told
+from resilience.errors import printable
 from rlm_tasks.engine.tasks import OURS
 from rlm_tasks.messaging.dispatch import legible, read_header
 from rlm_tasks.settings.model import Settings
@@ -32,6 +33,11 @@ A record without an id has '' for it.
 """
 EACH_MESSAGE = ("celery.worker.strategy", "celery.app.trace")
 """Celery's loggers with one line for each received message, and one for each succeeded task."""
+PLATFORM = ("celery", "kombu", "multiprocessing", "resilience", "rlm", "scheduler")
+"""The beginnings of the names of loggers that are not the user's own."""
+PRINTED = "celery.redirected"
+"""Celery's logger of lines that a user's code prints."""
+_PLAIN_FORMATTER = logging.Formatter()
 TASKS, FROM_PARTS = "celery.app.trace", ("celery", "kombu", "multiprocessing")
 """Celery's logger of the errors of tasks, and the beginnings of the names of its other loggers."""
 _FROM_CELERY = (("task", "name"), ("task_id", "id"), ("runtime_s", "runtime"))
@@ -107,6 +113,7 @@ def mark_records() -> None:
         vars(record).update({f"rlm_{name}": ids.get(name, "") for name in IDS})
         vars(record)["rlm_where"] = f" [job {ids['job']} {ids['node']}]" if "job" in ids else ""
         tell_outage_in_one_line(record)
+        make_printable(record)
         return record
 
     logging.setLogRecordFactory(marked)
@@ -154,6 +161,25 @@ def tell_outage_in_one_line(record: logging.LogRecord) -> None:
     if isinstance(error, RestartFreqExceeded) or is_outage(error):
         record.msg = f"{record.getMessage()} ({told(error)})"
         record.args, record.exc_info = (), None
+
+
+def make_printable(record: logging.LogRecord) -> None:
+    """Write characters that control a terminal as escapes, in our lines and in Celery's own.
+
+    They come from exceptions and from records in Redis.  The lines that a user's code logs or
+    prints stay as they are, but for the texts of exceptions.
+    """
+    if record.name.startswith(PLATFORM) and record.name != PRINTED:
+        try:
+            message = record.getMessage()
+        except Exception:  # its arguments do not fit: `logging` reports that
+            return
+        if (shown := printable(message)) != message:
+            record.msg, record.args = shown, ()
+    if record.exc_info and record.exc_info[0]:
+        told_in_full = _PLAIN_FORMATTER.formatException(record.exc_info)
+        if (shown := printable(told_in_full)) != told_in_full:
+            record.exc_text = shown
 
 
 class JsonFormatter(logging.Formatter):

@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import termios
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from types import SimpleNamespace
 
 import click
@@ -67,18 +71,40 @@ def run_all(
     return (done.stdout or b"").decode()
 
 
+@contextmanager
+def terminal() -> Iterator[tuple[int, list[bytes]]]:
+    """Yield a terminal to write to, of 80 columns, and a list that has its bytes in the end."""
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (40, 80))
+    found: list[bytes] = []
+
+    def read() -> None:
+        with suppress(OSError):  # its other end is closed
+            while part := os.read(ours, 65_536):
+                found.append(part)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        yield theirs, found
+    finally:
+        os.close(theirs)
+        reader.join()
+        os.close(ours)
+
+
 def main() -> None:
     """Run the commands of stdin."""
     from rlm_tasks.celery import app
 
     lines = [json.loads(line) for line in sys.stdin]
     for line in lines:
-        click.echo(f"$ rlm {' '.join(line)}")
+        click.echo(f"$ rlm {' '.join(line)!a}")
         try:
             rlm.main(line, prog_name="rlm", obj=SimpleNamespace(app=app))
         except SystemExit as end:
             if end.code == 2:
-                click.echo(f"!! exit code 2 of {line}")
+                click.echo(f"!! exit code 2 of {line!a}")
 
 
 if __name__ == "__main__":

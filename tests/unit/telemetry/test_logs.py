@@ -316,3 +316,51 @@ def test_logging_changes_only_in_a_worker_of_the_app() -> None:
 
 def line_of_handler(own: logging.Handler) -> dict[str, Any]:
     return json.loads(own.format(record()))  # type: ignore[no-any-return]
+
+
+ODD = "\x1b[2J\x9b5m\x1b]0;title\x07\u202e\ud800"
+SHOWN = r"\x1b[2J\x9b5m\x1b]0;title\x07\u202e\ud800"
+
+
+@pytest.mark.parametrize("name", ["rlm_tasks.engine", "rlm.alerts", "celery.app.trace"])
+def test_a_line_of_the_platform_sends_nothing_to_the_terminal(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    logs.mark_records()
+
+    logging.getLogger(name).warning("job %s\n\tfailed", ODD)
+
+    assert caplog.messages[-1] == f"job {SHOWN}\n\tfailed"
+
+
+@pytest.mark.parametrize("name", ["shop", "celery.redirected"])
+def test_a_users_own_line_keeps_its_colours_but_not_those_of_exceptions(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    logs.mark_records()
+
+    try:
+        raise ValueError(ODD)
+    except ValueError:
+        logging.getLogger(name).exception("\x1b[31mred")
+
+    record = caplog.records[-1]
+    formatted = ColorFormatter("%(message)s", use_color=False).format(record)
+    assert record.getMessage() == "\x1b[31mred"
+    assert formatted.startswith("\x1b[31mred\nTraceback")
+    assert formatted.endswith(f"ValueError: {SHOWN}")
+
+
+def test_an_exception_without_odd_characters_is_left_to_the_formatter(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    logs.mark_records()
+
+    try:
+        raise ValueError("plain")
+    except ValueError:
+        logging.getLogger("rlm_tasks").exception("not done")
+
+    record = caplog.records[-1]
+    assert record.exc_info is not None
+    assert record.exc_text is None or "\\x" not in record.exc_text
