@@ -24,6 +24,7 @@ from rlm_tasks.jobs.items import source_of
 from rlm_tasks.jobs.spec import JobSpec
 from rlm_tasks.jobs.stored_items import (
     STAGED_S,
+    BlockSource,
     ItemWriter,
     RangeSource,
     StoredItems,
@@ -113,6 +114,8 @@ class Submission:
         """Open a job with the specification of another, on other items, and return its id."""
         job = self._id_for("")
         source, n, staged = self._write_items(job, items)
+        if isinstance(source, BlockSource) and isinstance(spec.source, BlockSource):
+            source = spec.source  # so that failed files keep their places
         again = msgspec.structs.replace(
             spec,
             job=job,

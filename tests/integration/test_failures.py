@@ -82,6 +82,8 @@ def test_a_failed_file_has_its_path_and_other_items_have_no_place(
     )
 
     assert [each.where for each in files.failed] == [f"{tmp_path}/bad.pdf", f"{tmp_path}/good"]
+    again = client.job(files.job_id).retry_failed().result(timeout=30, propagate=False)
+    assert [each.where for each in again.failed] == [each.where for each in files.failed]
     assert [each.where for each in plain.failed] == [""]
 
 

@@ -13,7 +13,7 @@ local too_early = f.deadline == 0 or now < f.deadline or (merge and merge.s ~= '
 if (ARGV[1] == 'expired' and too_early and not waited) or (MERGES[ARGV[1]] and f.state == 'merging') then return {f.state, f.stop, f.pending} end
 if MERGES[f.stop] and f.stop ~= ARGV[1] then
   stop(f, ARGV[1], ARGV[2])
-  if ARGV[5] ~= '' then call('HSET', job, 'stop_by', ARGV[5]) end
+  if (ARGV[5] or '') ~= '' then call('HSET', job, 'stop_by', ARGV[5]) end
   if ARGV[3] ~= '' then call('HSET', job, 'error', ARGV[3]) end
 end
 skip_waiting(f, ARGV[4] == '1' or f.state == 'merging')
