@@ -299,7 +299,9 @@ class ItemError(RlmError):
         self.code, self.traceback = failure.code, failure.traceback
         super().__init__(f"{self.type}: {self.message}" if self.message else self.type)
         if self.traceback:
-            self.add_note(f"Traceback in the worker (most recent call last):\n{self.traceback}")
+            self.add_note(
+                f"Traceback in the worker (most recent call last):\n{self.traceback.rstrip()}"
+            )
 
 
 class ItemsUnreadable(RlmError):

@@ -125,7 +125,7 @@ local function judge(f)
   elseif overdue_in_queue(f) then
     call('HSET', job, 'stop_why', 'queue_timeout')
     stop(f, 'expired', 'no worker has begun it within its queue_timeout')
-  elseif f.fail_limit >= 0 and f.failed > f.fail_limit then stop(f, 'failed', f.failed .. ' items failed')
+  elseif f.fail_limit >= 0 and f.failed > f.fail_limit then stop(f, 'failed', f.failed .. (f.failed == 1 and ' item failed' or ' items failed'))
   elseif f.early_limit > 0 and f.phase == 'process' and f.done >= f.early_limit then stop(f, 'early')
   end
 end
