@@ -72,8 +72,12 @@ class Address:
 
     def __post_init__(self) -> None:
         """Raise InvalidValue for a URL that cannot be used."""
+        if not isinstance(self.url, str):
+            raise InvalidValue("url", type(self.url).__name__, "must be a text")
         if why := _unreadable(self.url):
             raise InvalidValue("url", masked(self.url), why)
+        if not self.url.startswith(URLS):
+            raise InvalidValue("url", masked(self.url), f"must start with {', '.join(URLS)}")
 
     @property
     def is_watched(self) -> bool:

@@ -29,6 +29,7 @@ from resilience.errors import (
     StoreUnavailable,
     refuse_unless_name,
     refuse_unless_positive,
+    refuse_unless_seconds,
 )
 from resilience.keys import Keys
 from resilience.store import Argument, Call, Exchange, Script, Store, default_store, together
@@ -68,7 +69,10 @@ class Rate:
     def __post_init__(self) -> None:
         for name in ("limit", "per_s"):
             refuse_unless_positive(name, getattr(self, name))
-        if self.burst is not None and not 0 < self.burst <= self.limit:
+        if self.burst is None:
+            return
+        refuse_unless_positive("burst", self.burst)
+        if self.burst > self.limit:
             raise InvalidValue(
                 "burst", self.burst, f"must be above 0 and at most the limit of {self.limit:g}"
             )
@@ -303,7 +307,7 @@ class TokenBucket:
         times: int = 0,
         most: float = 0.0,
     ) -> Exchange[tuple[Grant, float]]:
-        if priority not in FLOORS:
+        if not isinstance(priority, str) or priority not in FLOORS:
             raise InvalidValue("priority", priority, f"must be one of {', '.join(FLOORS)}")
         limits, id = (
             self._limits(amounts or {_only(self.rates): 1}, scope),
@@ -406,6 +410,7 @@ class TokenBucket:
         It lasts `hold_most_s` at most.  A hold that is shorter than the current one changes
         nothing.
         """
+        refuse_unless_seconds("retry_after_s", retry_after_s)
         hold_s = min(retry_after_s, self._hold_most_s)
         names = dict.fromkeys(self.scoped if scope else self.rates, 0.0)
         try:

@@ -117,7 +117,8 @@ PRESETS = {"throughput": 20, "default": 10, "constrained": 5}
 
 def _ordered(name: str, least: float, most: float) -> None:
     refuse_unless_positive("most", most)
-    if not 0 < least <= most:
+    refuse_unless_positive(name, least)
+    if least > most:
         raise InvalidValue(name, least, f"must be above 0 and at most {most:g}")
 
 

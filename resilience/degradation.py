@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from enum import IntEnum, StrEnum
 from typing import Any
 
+from resilience.errors import InvalidValue
+
 THRESHOLDS = (65.0, 75.0, 85.0, 95.0)
 """Percent of memory or CPU at which each level above NORMAL begins."""
 
@@ -287,10 +289,9 @@ def _of(context: Any) -> Degradation:
 
 
 def as_level(value: Level | str | int) -> Level:
-    """Return a level for its name, its number or itself.  Raises ValueError, which names all."""
+    """Return a level for its name, its number or itself.  Raises InvalidValue, which names all."""
     try:
         return Level[value.upper()] if isinstance(value, str) else Level(value)
     except (KeyError, ValueError):
-        raise ValueError(
-            f"{value!r} is no pressure level; there are {', '.join(each.label for each in Level)}"
-        ) from None
+        known = ", ".join(each.label for each in Level)
+        raise InvalidValue("level", value, f"is no pressure level; there are {known}") from None

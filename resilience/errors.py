@@ -130,7 +130,7 @@ class RlmError(Exception):
     severity = Severity.MEDIUM
     retryable = False
     trips = False  # a sign that the called service fails: a breaker counts it
-    http_status = 500  # of a web backend that meets it
+    http_status = 500  # a web backend answers with it
     when = "A part of the platform, or the program that calls it, raised it."  # the cause
     remedy = "Read its message: it says what to do."
     retry_after_s: float | None = None  # the time to wait, where it is known
@@ -382,6 +382,23 @@ def refuse_unless_name(field: str, value: Any, error: type[InvalidValue] = Inval
         raise error(field, value, f"must be a text of 1 to {LONGEST_NAME} printable characters")
 
 
+def refuse_unless_count(
+    field: str, value: Any, *, least: int = 1, error: type[InvalidValue] = InvalidValue
+) -> None:
+    """Raise InvalidValue, or another `error`, unless the value is a whole number >= `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise error(field, value, f"must be a whole number of at least {least}")
+
+
+def refuse_unless_seconds(field: str, value: Any, error: type[InvalidValue] = InvalidValue) -> None:
+    """Raise InvalidValue, or another `error`, unless the value is a number; None is one, too."""
+    if value is None or value == math.inf:
+        return
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not abs(value) <= sys.float_info.max:
+        raise error(field, value, "must be a number of seconds")
+
+
 LONGEST_NAME = 200
 """Characters of the longest name of a guard or an operation."""
 
@@ -401,8 +418,8 @@ class NeverSatisfiable(RlmError, ValueError):
     def __init__(self, what: str, amount: float, limit: float) -> None:
         self.what, self.amount, self.limit = what, amount, limit
         super().__init__(
-            f"{what}: {amount:g} at once can never be granted, the limit is {limit:g}; "
-            "ask for less, or raise the limit"
+            f"{what}: {min(amount, sys.float_info.max):g} at once can never be granted, "
+            f"the limit is {limit:g}; ask for less, or raise the limit"
         )
 
 

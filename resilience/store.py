@@ -145,7 +145,7 @@ class Store:
 
         A call with ``on_outage="wait"`` is repeated for `patience_s`.
         """
-        self.address = Address(where) if isinstance(where, str) else where
+        self.address = where if isinstance(where, Address) else Address(where)
         self.url, self.namespace, self.clock = masked(self.address.url), namespace, clock
         self.random = random or Random()
         self.patience_s, self._sleep = patience_s, sleep

@@ -70,6 +70,10 @@ def install(app: Celery, settings: Settings | None = None) -> Celery:
     environment variable cannot be used, and when the platform was installed in the app with other
     settings.
     """
+    if not isinstance(app, Celery):
+        raise InvalidRequest("app", app, "must be a Celery app")
+    if not isinstance(settings, Settings | None):
+        raise InvalidRequest("settings", settings, "must be Settings(...), or left out")
     if installed := getattr(app, "rlm_settings", None):
         if settings not in (None, installed):
             differing = [

@@ -29,7 +29,7 @@ from urllib.error import HTTPError
 from urllib.parse import unquote, urlsplit
 
 from resilience.degradation import THRESHOLDS, Level, as_level
-from resilience.errors import InvalidValue, StoreUnavailable
+from resilience.errors import InvalidValue, StoreUnavailable, refuse_unless_count
 from resilience.keys import Keys
 from resilience.retry import Retry, RetryPolicy
 from resilience.store import Argument, Call, Script, Store
@@ -141,7 +141,7 @@ class ResourcePressureEvent:
     host: str = ""  # name of the worker; '' for the cluster
 
     def events(self, cpu_pct: float, memory_pct: float = MEMORY_PCT) -> Iterator[Event]:
-        """Yield the events that the record stands for.  Raises ValueError for an unknown level."""
+        """Yield the events of the record.  Raises InvalidValue for an unknown level."""
         level, host = as_level(self.pressure_level), {"host": self.host} if self.host else {}
         cpu, memory = f"{self.cpu_percent:.4g} %", f"{self.memory_percent:.4g} %"
         load = {
@@ -280,7 +280,8 @@ class Alerts:
         return raised
 
     def history(self, limit: int = 50) -> list[Alert]:
-        """Return the newest alerts, newest first.  Raises StoreUnavailable."""
+        """Return the newest alerts, newest first.  Raises InvalidValue, StoreUnavailable."""
+        refuse_unless_count("limit", limit, least=0)
         [entries] = self._store.call(self._newest(limit), on_outage="answer")
         return _alerts(entries)
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any, NamedTuple
 import msgspec
 
 from resilience.degradation import Level, as_level
-from resilience.errors import InvalidValue
+from resilience.errors import InvalidValue, refuse_unless_count
 from resilience.keys import Keys
 from resilience.store import Call, Script, Store
 from resilience.validation import readable
@@ -342,10 +342,7 @@ class Board:
 
         Raises InvalidValue for an unknown level or time, and StoreUnavailable.
         """
-        try:
-            forced = as_level(level)
-        except ValueError as error:
-            raise InvalidValue("level", level, str(error)) from None
+        forced = as_level(level)
         if not 0.001 <= for_s < math.inf:
             raise InvalidValue("for_s", for_s, "must be a number of seconds above 0")
         self._store.call(
@@ -386,7 +383,8 @@ class Board:
         self._store.call(Call(_ANNOUNCE, keys, args))
 
     def history(self, limit: int = 100) -> list[ClusterReport]:
-        """Return the latest reports, the newest first.  Raises StoreUnavailable."""
+        """Return the latest reports, the newest first.  Raises InvalidValue, StoreUnavailable."""
+        refuse_unless_count("limit", limit)
         entries = self._store.call(lambda client: client.xrevrange(self._keys.history, count=limit))
         reports = [entry.get(b"report", b"") for _, entry in entries]
         return readable("a report of the cluster's history", reports, _cluster)

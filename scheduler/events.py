@@ -21,7 +21,7 @@ from pydantic.alias_generators import to_snake
 from redis.exceptions import RedisError
 
 from resilience.degradation import Level
-from resilience.errors import InvalidValue, StoreUnavailable
+from resilience.errors import InvalidValue, StoreUnavailable, refuse_unless_count
 from resilience.keys import Keys
 from resilience.retry import RetryPolicy
 from resilience.store import Call, Script, Store
@@ -395,6 +395,7 @@ class Events:
         With `name` only events of this name, or of a pattern such as ``breaker.*``.  Raises
         StoreUnavailable.
         """
+        refuse_unless_count("limit", limit, least=0)
         [entries] = self._store.call(
             Call(NEWEST, (self._key,), (self._history if name else limit,)), on_outage="answer"
         )
@@ -492,7 +493,7 @@ class Listener:
         The function runs in the listener's thread; an exception that it raises is logged.  Raises
         InvalidValue for a pattern that matches no event.
         """
-        if not name or "*" in name.removesuffix(".*"):
+        if not isinstance(name, str) or not name or "*" in name.removesuffix(".*"):
             raise InvalidValue(
                 "name", name, "must be the name of an event, or end in .* as breaker.* does"
             )

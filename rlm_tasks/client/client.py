@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from celery import Celery
 
+from resilience.errors import refuse_unless_seconds
 from resilience.faults import Fault, classify
 from resilience.retry import RetryPolicy
 from resilience.store import Store
@@ -137,6 +138,7 @@ class Client(Platform):
         `timeout` is the time to wait, in seconds; the job's own limit is ``timeout`` of its
         options.  Raises as those two do.
         """
+        refuse_unless_seconds("timeout", timeout, InvalidRequest)
         return self.submit(request, **fields).result(timeout=timeout)
 
     def execute_with_monitoring(
@@ -200,6 +202,8 @@ class Client(Platform):
         The number of jobs in one pipeline follows the load.  All are checked before the first is
         opened.  Raises as `submit` does.
         """
+        if not isinstance(requests, Iterable):
+            raise InvalidRequest("requests", requests, "must be a list of requests")
         opened = self._submission.open([JobRequest.parse(request) for request in requests])
         return [Job(self.session, job) for job in opened]
 
@@ -212,6 +216,7 @@ class Client(Platform):
         `failed` and counts.  `timeout` is the time to wait for all jobs, in seconds; the result of
         a job that still runs then says so.  Raises as `submit` does, before any job is opened.
         """
+        refuse_unless_seconds("timeout", timeout, InvalidRequest)
         until = None if timeout is None else time.monotonic() + timeout
         return [
             job.result(

@@ -287,7 +287,7 @@ class Job(JobWaiter):
 
     def _in_quarantine(self, indexes: tuple[int, ...]) -> list[int]:
         known = [item.index for item in self.quarantined()]
-        if unknown := sorted(set(indexes) - set(known)):
+        if unknown := [each for each in indexes if each not in known]:
             raise InvalidRequest(
                 "index", unknown[0], f"is not in quarantine; in job {self.id} there are {known}"
             )

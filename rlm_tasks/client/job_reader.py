@@ -10,8 +10,9 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+from resilience.errors import refuse_unless_count
 from rlm_tasks.client.session import Session
-from rlm_tasks.errors import JobNotFound, JobUnreadable, RlmError
+from rlm_tasks.errors import InvalidRequest, JobNotFound, JobUnreadable, RlmError
 from rlm_tasks.jobs.endings import CELERY_STATES, sentence
 from rlm_tasks.jobs.item_failures import outline
 from rlm_tasks.jobs.trace_ids import trace_id_of
@@ -99,6 +100,7 @@ class JobReader:
         shows.  Nodes that ended long ago are only counted.  An unknown job has none.  Without
         `message` the reason of a node has no words of its operation, which may contain items.
         """
+        refuse_unless_count("limit", limit, error=InvalidRequest)
         records, total = read_tree(self._ledger, self.id, limit)
         nodes = (
             TreeNode(
@@ -142,7 +144,7 @@ class JobReader:
             sweep_s=self._session.settings.ledger.sweep_s,
         )
         refused = self._session.store.refusal()
-        return why if refused is None else f"{why} No job goes on: {refused}."
+        return why if refused is None else f"No job goes on: {refused}. {why}"
 
     @property
     def trace_id(self) -> str:

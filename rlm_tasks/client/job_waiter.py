@@ -13,10 +13,10 @@ from typing import Any, TypeVar
 from redis.exceptions import ResponseError
 
 from resilience.connections import LOST
-from resilience.errors import StoreUnavailable
+from resilience.errors import StoreUnavailable, refuse_unless_seconds
 from rlm_tasks.client.job_reader import Facts, JobReader
 from rlm_tasks.client.session import Session
-from rlm_tasks.errors import ResultTimeout
+from rlm_tasks.errors import InvalidRequest, ResultTimeout
 from rlm_tasks.results import JobEvent, Progress, Status
 
 _T = TypeVar("_T")
@@ -37,6 +37,7 @@ class JobWaiter(JobReader):
         `interval_s` is the longest time between two, in seconds; an event of the job yields one at
         once.  The method waits through outages of Redis.  Raises JobNotFound.
         """
+        refuse_unless_seconds("interval_s", interval_s, InvalidRequest)
         while True:
             progress = self._through_outages(self.progress, None)
             yield progress
@@ -56,7 +57,11 @@ class JobWaiter(JobReader):
                 yield event
 
     def wait(self, timeout: float | None = None) -> Status:
-        """Wait for the end and return the final status.  Raises ResultTimeout, JobNotFound."""
+        """Wait for the end and return the final status.
+
+        Raises ResultTimeout, JobNotFound, and InvalidRequest for a `timeout` that is no number.
+        """
+        refuse_unless_seconds("timeout", timeout, InvalidRequest)
         until = None if timeout is None else time.monotonic() + timeout
         while True:
             facts = self._through_outages(self._facts, until)
@@ -90,7 +95,7 @@ class JobWaiter(JobReader):
 
     def _wait_for_event(self, seconds: float) -> None:
         """Wait for the next event of the job; none is missed between two calls."""
-        block_ms = max(1, min(_BLOCK_MS, int(seconds * 1000)))
+        block_ms = max(1, int(min(_BLOCK_MS, seconds * 1000)))
         streams: Any = {self._keys.events: self._last_event}
         with self._session.listeners.one_for(self.id, block_ms / 1000) as listens:
             if not listens:

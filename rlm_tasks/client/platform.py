@@ -10,8 +10,10 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from resilience.errors import refuse_unless_count, refuse_unless_name
 from resilience.fault_log import FaultLog, Pattern
 from rlm_tasks.client.session import Session
+from rlm_tasks.errors import InvalidRequest
 from rlm_tasks.ledger.at_work import jobs_at_work
 from rlm_tasks.ledger.records import JobNodes
 
@@ -114,8 +116,9 @@ class Platform:
         """Return an operation's figures minute by minute, the newest first.
 
         Each has `at`, `executions`, `failures`, `avg_ms` and `version`.  The monitor takes them
-        (``RLM_SNAPSHOTS__EVERY_S``), so beat must run.  Raises StoreUnavailable.
+        (``RLM_SNAPSHOTS__EVERY_S``), so beat must run.  Raises InvalidRequest, StoreUnavailable.
         """
+        refuse_unless_name("operation", operation, InvalidRequest)
         from scheduler.snapshots import Snapshots
 
         session = self.session
@@ -134,8 +137,9 @@ class Platform:
     def at_work(self, limit: int = 200) -> list[JobNodes]:
         """Return the nodes of open jobs by state: queued, running, parked.
 
-        Raises StoreUnavailable.
+        Raises InvalidRequest, StoreUnavailable.
         """
+        refuse_unless_count("limit", limit, error=InvalidRequest)
         return jobs_at_work(self.session.ledger, limit)
 
     def limits(self) -> list[LimitReport]:
@@ -156,6 +160,7 @@ class Platform:
         """
         from rlm_tasks.telemetry.limit_reports import bucket_of
 
+        refuse_unless_name("name", name, InvalidRequest)
         bucket = bucket_of(self.session.guards, name, self.session.board.hosts())
         return bucket.release(self.session.delivery.wake)
 

@@ -89,9 +89,9 @@ class Session:
     def __init__(self, app: Celery) -> None:
         """Raises InvalidRequest for an app that the platform is not installed in."""
         if not hasattr(app, "rlm_settings"):
-            raise InvalidRequest(
-                "app", str(app.main), "the platform is not installed in it; call install(app) first"
-            )
+            shown = getattr(app, "main", app)
+            advice = "the platform is not installed in it; call install(app) first"
+            raise InvalidRequest("app", shown, advice)
         self.app = app
         self.settings: Settings = app.rlm_settings
         self.store = Store(self.settings.address, namespace=self.settings.namespace)

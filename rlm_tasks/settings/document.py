@@ -261,7 +261,7 @@ def document_of(text: str | bytes) -> dict[str, Any]:
     """Return a configuration's text as a dict.  Raises InvalidSettings for other JSON."""
     try:
         document = json.loads(text)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise InvalidSettings([f"the configuration is not JSON: {error}"]) from None
     if not isinstance(document, dict):
         raise InvalidSettings(

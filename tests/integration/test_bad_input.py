@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,15 +16,20 @@ from typing import Any
 import pytest
 import redis
 
+from resilience import Aimd, Rate, Store, TokenBucket
 from rlm_tasks import (
     Adaptive,
     Client,
     InvalidRequest,
     JobNotFound,
     NWay,
+    OptimizationConfig,
     Options,
+    ResultTimeout,
+    RlmError,
     StoreUnavailable,
     UnknownOperation,
+    install,
 )
 from rlm_tasks.testing import embedded
 from rlm_tasks.testing.embedded import free_port
@@ -178,6 +185,77 @@ def test_an_item_over_the_limit_is_named(server: Any) -> None:
         with pytest.raises(InvalidRequest, match=r"items\[1\]=.*more than RLM_MAX_ITEM_BYTES=1000"):
             client.submit(operation="echo", items=["small", "x" * 2_000_000])
         assert client.jobs() == []
+
+
+CALLS: list[tuple[Callable[[Client], Any], str]] = [
+    (lambda c: c.job(3), "job=3: must be the id of a job, or its beginning"),
+    (lambda c: c.job("\ud800"), "job='.ud800': must be the id"),
+    (
+        lambda c: c.execute(operation="sum", items=[1], timeout="soon"),
+        "timeout='soon': must be a n",
+    ),
+    (lambda c: c.execute(operation="sum", items=[1], timeout=math.nan), "timeout=nan: must be a n"),
+    (
+        lambda c: c.batch_execute([{"operation": "sum", "items": [1]}], timeout=[1]),
+        "timeout=.1.: m",
+    ),
+    (lambda c: c.batch_submit(7), "requests=7: must be a list of requests"),
+    (lambda c: c.at_work("all"), "limit='all': must be a whole number"),
+    (lambda c: c.pressure.history(0), "limit=0: must be a whole number of at least 1"),
+    (lambda c: c.pressure.force("hihg"), "level='hihg': is no pressure level; there are normal"),
+    (lambda c: c.events.recent(-1), "limit=-1: must be a whole number of at least 0"),
+    (lambda c: c.alerts.history(True), "limit=True: must be a whole number"),
+    (lambda c: c.on(None, print), "name=None: must be the name of an event"),
+    (lambda c: c.snapshots(["sum"]), "operation=.'sum'.: must be a text of 1 to 200 print"),
+    (lambda c: c.release_limit(["llm"]), "name=.'llm'.: must be a text of 1 to 200 print"),
+    (lambda c: c.create_circuit_breaker("a", 7), "breaker=7: must be a preset's name"),
+    (lambda c: install("shop"), "app='shop': must be a Celery app"),
+    (lambda c: install(c.app, {}), "settings={}: must be Settings"),
+    (lambda c: Client("shop"), "app='shop': the platform is not installed in it"),
+    (lambda c: Store.from_url(7), "url='int': must be a text"),
+    (lambda c: Store.from_url("http://:secret@x"), "url='http://:...@x': must start with redis://"),
+    (lambda c: Rate(1, burst="x"), "burst='x': must be a number above 0"),
+    (lambda c: Aimd("x"), "start='x': must be a number above 0"),
+    (
+        lambda c: TokenBucket("a", c.store, requests=Rate(1)).hold("x"),
+        "retry_after_s='x': must be a",
+    ),
+    (
+        lambda c: TokenBucket("a", c.store, requests=Rate(1)).acquire(requests=10**400),
+        "requests of bucket a: 1.79769e.308 at once can never be granted",
+    ),
+    (lambda c: OptimizationConfig.import_config(7), "the configuration is not JSON"),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), CALLS)
+def test_a_wrong_argument_of_any_call_is_named(
+    client_without_worker: Client, call: Callable[[Client], Any], message: str
+) -> None:
+    with pytest.raises(RlmError, match=f"^{message}"):
+        call(client_without_worker)
+
+    assert client_without_worker.jobs() == []
+
+
+def test_a_wrong_argument_of_a_job_is_named(server: embedded.Server) -> None:
+    job = client_of(environment_of(server.url, "wrong")).submit(operation="sum", items=[1])
+    calls: dict[str, Callable[[], Any]] = {
+        "timeout='x'": lambda: job.wait("x"),  # type: ignore[arg-type]
+        "timeout=nan": lambda: job.result(timeout=math.nan),
+        "timeout=True": lambda: job.get(timeout=True),
+        "interval_s='x'": lambda: next(job.watch("x")),  # type: ignore[arg-type]
+        "limit='x'": lambda: job.tree(limit="x"),  # type: ignore[arg-type]
+        "index=[1]": lambda: job.drop_quarantined([1]),  # type: ignore[arg-type]
+    }
+
+    for said, call in calls.items():
+        with pytest.raises(InvalidRequest, match=f"^{re.escape(said)}: "):
+            call()
+    with pytest.raises(ResultTimeout):
+        job.wait(timeout=-1)
+    job.cancel()
+    assert job.wait(timeout=math.inf) == "cancelled"
 
 
 def test_an_unknown_operation_is_an_invalid_request() -> None:

@@ -104,7 +104,7 @@ def test_a_job_without_a_worker_says_why_it_waits(idle: Client) -> None:
         (
             ["pressure", "force", "hihg"],
             2,
-            "'hihg' is no pressure level; there are normal, elevated",
+            "level='hihg': is no pressure level; there are normal, elevated",
         ),
         (["pressure", "force", "high", "--for", "-1"], 2, "for_s=-1"),
         (["breakers", "reset"], 2, "name one breaker, or use --all"),

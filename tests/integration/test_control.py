@@ -85,7 +85,10 @@ def test_the_commands_are_listed_with_their_arguments(
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["force_pressure", "hihg"], "'hihg' is no pressure level; there are normal, elevated"),
+        (
+            ["force_pressure", "hihg"],
+            "level='hihg': is no pressure level; there are normal, elevated",
+        ),
         (["force_pressure", "high", "soon"], "for_s='soon': give a number of seconds above 0"),
     ],
 )

@@ -24,6 +24,7 @@ from resilience.degradation import (
     as_level,
     level_of,
 )
+from resilience.errors import short_repr
 from rlm_tasks.operations.context import Context
 
 LIMITS, OPTIONAL, EXPENSIVE, SIMPLIFIED, EMBEDDINGS, *_ = Strategy
@@ -100,7 +101,7 @@ def test_an_unknown_level_is_refused_with_a_list_of_all_levels(wrong: Any) -> No
         ValueError, match=r"there are normal, elevated, high, critical, emergency$"
     ) as caught:
         as_level(wrong)
-    assert str(caught.value).startswith(f"{wrong!r} is no pressure level")
+    assert str(caught.value).startswith(f"level={short_repr(wrong)}: is no pressure level")
 
 
 # --- the constraints of each level ------------------------------------------------------------
@@ -384,7 +385,7 @@ def test_the_level_in_a_dict_counts_before_the_level_in_force(level: Any) -> Non
 
 
 def test_a_dict_with_an_unknown_level_is_refused() -> None:
-    with pytest.raises(ValueError, match="'severe' is no pressure level"):
+    with pytest.raises(ValueError, match="level='severe': is no pressure level"):
         ResourceConstraints.should_skip_optional_analysis({"pressure_level": "severe"})
 
 
