@@ -145,7 +145,7 @@ class Pressure:
             self._session.store, self._session.keys, self._session.settings.snapshots
         ).trends([each.executor_id for each in usage])
         enabled = _is_enabled(hosts, self._session.settings.pressure.enabled)
-        why = "it is forced" if orders.forced is not None else cluster.why if cluster else ""
+        why = "it is forced" if orders.forced is not None else _why(cluster, hosts, level)
         return PlatformStatus(
             level=level.label,
             why=why if enabled else "",
@@ -195,6 +195,15 @@ def _resources(hosts: list[HostReport]) -> dict[str, float]:
         else 0.0,
         "worker_count": sum(host.slots for host in hosts),
     }
+
+
+def _why(cluster: ClusterReport | None, hosts: Sequence[HostReport], level: Level) -> str:
+    """Return the measured cause of a level; without a monitor, that of a host which has it."""
+    if cluster is not None:
+        return cluster.why
+    return next(
+        (f"{each.why} on {each.worker}" for each in hosts if each.level == level and each.why), ""
+    )
 
 
 def _is_enabled(hosts: Sequence[HostReport], here: bool) -> bool:

@@ -136,8 +136,9 @@ def _run_claimed(runtime: Runtime, claim: Claim, entry: ProcessEntry) -> bool:
     assert spec is not None  # CLAIM answers `run` with a spec, always
     try:
         operation = registry.get(spec.operation)
-    except UnknownOperation as error:
-        return _put_off(runtime, claim, PARK_MS, str(error))
+    except UnknownOperation:
+        why = f"worker {runtime.worker} does not know operation {spec.operation!r}"
+        return _put_off(runtime, claim, PARK_MS, why)
     if claim.node == ROOT and spec.patient and (why := _not_admitted(runtime, spec)):
         put_off = _put_off(runtime, claim, CALM_MS, why)
         # The monitor wakes it as soon as there is room, which this host may learn after the job.
