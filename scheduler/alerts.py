@@ -286,7 +286,10 @@ class Alerts:
         return _alerts(entries)
 
     def get_alert_summary(self) -> dict[str, Any]:
-        """Return `summary`, under the name that other orchestrators use."""
+        """Return `summary`, under the name that other orchestrators use.
+
+        Raises StoreUnavailable.
+        """
         return self.summary()
 
     def summary(self) -> dict[str, Any]:

@@ -246,7 +246,7 @@ class Job(JobWaiter):
         return Status(state)
 
     def revoke(self, *_: Any, **__: Any) -> None:
-        """Cancel the job, under Celery's name."""
+        """Cancel the job, under Celery's name.  Raises JobNotFound, StoreUnavailable."""
         self.cancel()
 
     def retry_failed(self, *, reread: bool = False) -> Job:
@@ -255,7 +255,8 @@ class Job(JobWaiter):
         It has the same operation, params, options and strategy.  With `reread` it reads the failed
         lines of a file by their numbers from the file as it is now: use it after the file was
         mended.  Raises InvalidRequest when the job still runs or has no failed items, and
-        ItemsUnreadable when an item cannot be read, for example because its file has changed.
+        ItemsUnreadable when an item cannot be read, for example because its file has changed;
+        JobNotFound, StoreUnavailable.
         """
         spec, facts = self._spec(), self._facts()
         if not Status(facts["state"]).final:
@@ -269,7 +270,7 @@ class Job(JobWaiter):
         """Open a new job on quarantined items (by default all), and take them out of quarantine.
 
         Raises InvalidRequest for an index that is not in quarantine, JobNotFound when the job has
-        expired.
+        expired, StoreUnavailable.
         """
         chosen = self._in_quarantine(indexes)
         again = self._again(self._spec(), chosen)
@@ -279,7 +280,7 @@ class Job(JobWaiter):
     def drop_quarantined(self, *indexes: int) -> list[int]:
         """Delete quarantined items, by default all, and return their indexes.
 
-        Raises InvalidRequest.
+        Raises InvalidRequest, StoreUnavailable.
         """
         chosen = self._in_quarantine(indexes)
         self._ledger.quarantine.drop(self.id, chosen)

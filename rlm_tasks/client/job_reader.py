@@ -65,26 +65,30 @@ class JobReader:
 
     @property
     def status(self) -> Status:
-        """The state of the job."""
+        """The state of the job.  Raises JobNotFound, StoreUnavailable."""
         return Status(self._facts()["state"])
 
     @property
     def state(self) -> str:
-        """The status under Celery's names: PENDING, STARTED, SUCCESS, FAILURE or REVOKED."""
+        """The status under Celery's names: PENDING, STARTED, SUCCESS, FAILURE or REVOKED.
+
+        Raises JobNotFound, StoreUnavailable.
+        """
         return CELERY_STATES[self.status]
 
     def ready(self) -> bool:
-        """Whether the job has ended."""
+        """Whether the job has ended.  Raises JobNotFound, StoreUnavailable."""
         return self.status.final
 
     def successful(self) -> bool:
-        """Whether the job has ended with an answer."""
+        """Whether the job has ended with an answer.  Raises JobNotFound, StoreUnavailable."""
         return self.status is Status.SUCCEEDED
 
     def progress(self) -> Progress:
         """Return the progress of the job and its rounds, running nodes included.
 
-        It takes one round trip, another if nodes run, and another if the job has rounds.
+        It takes one round trip, another if nodes run, and another if the job has rounds.  Raises
+        JobNotFound, RecordUnreadable, StoreUnavailable.
         """
         [reading] = read_counters(self._ledger, [self.id])
         if isinstance(reading, RlmError):
@@ -99,6 +103,8 @@ class JobReader:
         The list has at most `limit` nodes; its `note` names the part of a larger tree that it
         shows.  Nodes that ended long ago are only counted.  An unknown job has none.  Without
         `message` the reason of a node has no words of its operation, which may contain items.
+
+        Raises InvalidRequest for a wrong `limit`, and StoreUnavailable.
         """
         refuse_unless_count("limit", limit, error=InvalidRequest)
         records, total = read_tree(self._ledger, self.id, limit)
@@ -121,7 +127,10 @@ class JobReader:
         return Tree(nodes, total=total)
 
     def events(self) -> list[JobEvent]:
-        """Return the newest thousand events of the job, the oldest first."""
+        """Return the newest thousand events of the job, the oldest first.
+
+        Raises StoreUnavailable.
+        """
         return self._ledger.events(self.id)
 
     def explain(self, *, message: bool = True) -> str:
@@ -130,6 +139,8 @@ class JobReader:
         They name what to do, where nobody works on the job.  While Redis takes no writes, another
         sentence says so.  Without `message` errors are named by their class, and an operation that
         asks to wait by its guard: their texts may contain items.
+
+        Raises JobNotFound, StoreUnavailable.
         """
         facts = self._facts() if message else without_message(self._facts())
         if Status(facts["state"]).final:
@@ -148,22 +159,32 @@ class JobReader:
 
     @property
     def trace_id(self) -> str:
-        """The id of the job's trace, 32 hex digits; the trace exists if workers have tracing on."""
+        """The id of the job's trace, 32 hex digits; the trace exists if workers have tracing on.
+
+        Raises JobNotFound, JobUnreadable, StoreUnavailable.
+        """
         return trace_id_of(self._spec())
 
     def spent(self) -> Spending | None:
-        """Return the spending of the job and its rounds, None for a job that calls no models."""
+        """Return the spending of the job and its rounds, None for a job that calls no models.
+
+        Raises JobNotFound, JobUnreadable, StoreUnavailable.
+        """
         return self._session.budgets.spent(self._spec())
 
     def receipt(self) -> Receipt:
-        """Return the work that the job has left out so far under pressure; it may be empty."""
+        """Return the work that the job has left out so far under pressure; it may be empty.
+
+        Raises JobNotFound, StoreUnavailable.
+        """
         facts = self._facts()
         return receipt_of([facts, *(each for _, each in self._rounds(facts))])
 
     def failures(self) -> list[ItemFailure]:
         """Return the first 1,000 failed items in order; for a running job, those so far.
 
-        The `where` of each one is found here: it is not stored with the failure.
+        The `where` of each one is found here: it is not stored with the failure.  Raises
+        StoreUnavailable.
         """
         failures = self._ledger.failures(self.id)
         spec = self._readable_spec() if failures else None
@@ -174,7 +195,10 @@ class JobReader:
         return [replace(each, where=place(each.index)) for each in failures]
 
     def quarantined(self) -> list[QuarantinedItem]:
-        """Return the quarantined items in order: their process died too often to run them again."""
+        """Return the quarantined items in order: their process died too often to run them again.
+
+        Raises StoreUnavailable.
+        """
         return self._ledger.quarantine.items(self.id)
 
     # --- reading -------------------------------------------------------------------------------

@@ -100,7 +100,8 @@ class Pressure:
         """Return the pressure level of the cluster.
 
         A drill's level comes first, then the monitor's, then the highest level that at least half
-        of all slots have reached.  It is normal when pressure is switched off.
+        of all slots have reached.  It is normal when pressure is switched off.  Raises
+        StoreUnavailable.
         """
         return self._level(self._board.orders(), self._board.hosts())
 
@@ -113,16 +114,16 @@ class Pressure:
         """Make all workers act on a level, for a drill.
 
         It begins within a second, and ends after `for_s` seconds or by `release`.  Raises
-        InvalidValue.
+        InvalidValue, StoreUnavailable.
         """
         self._board.force(level, for_s)
 
     def release(self) -> bool:
-        """End a drill; return whether there was one."""
+        """End a drill; return whether there was one.  Raises StoreUnavailable."""
         return self._board.release()
 
     def consumers(self) -> dict[str, list[str]]:
-        """Return the workers of each queue that has any."""
+        """Return the workers of each queue that has any.  Raises StoreUnavailable."""
         found: dict[str, list[str]] = {}
         for host in self._board.hosts():
             for queue in host.queues:
@@ -130,11 +131,14 @@ class Pressure:
         return found
 
     def history(self, limit: int = 100) -> list[ClusterReport]:
-        """Return the monitor's latest reports, the newest first."""
+        """Return the monitor's latest reports, the newest first.
+
+        Raises InvalidValue for a wrong `limit`, and StoreUnavailable.
+        """
         return self._board.history(limit)
 
     def status(self) -> PlatformStatus:
-        """Return the present status of the platform."""
+        """Return the present status of the platform.  Raises StoreUnavailable."""
         orders, hosts = self._board.orders(), self._board.hosts()
         events = self._session.events.recent(50)
         level, cluster = self._level(orders, hosts), orders.cluster

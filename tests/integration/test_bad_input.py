@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import re
@@ -21,6 +22,7 @@ from rlm_tasks import (
     Adaptive,
     Client,
     InvalidRequest,
+    Job,
     JobNotFound,
     NWay,
     OptimizationConfig,
@@ -31,8 +33,12 @@ from rlm_tasks import (
     UnknownOperation,
     install,
 )
+from rlm_tasks.client.platform_status import Pressure
 from rlm_tasks.testing import embedded
 from rlm_tasks.testing.embedded import free_port
+from scheduler.alerts import Alerts
+from scheduler.events import Events
+from scheduler.usage import Usage
 from tests.integration.conftest import ROOT, client_of, environment_of
 from tests.support import wait_until
 
@@ -266,6 +272,57 @@ def test_an_unknown_operation_is_an_invalid_request() -> None:
 def test_an_unknown_job_is_named(client: Client) -> None:
     with pytest.raises(JobNotFound, match="no-such-job"):
         client.job("no-such-job")
+
+
+def members(kind: type) -> dict[str, tuple[Any, str]]:
+    """Return name -> member and docstring of each public call that takes no argument."""
+    found = {}
+    for name, member in inspect.getmembers(kind):
+        plain = member.fget if isinstance(member, property) else member
+        if name.startswith("_") or not callable(plain) or name in WAITING:
+            continue
+        required = [
+            each
+            for each in inspect.signature(plain).parameters.values()
+            if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD
+        ]
+        if len(required) == 1:  # self
+            found[name] = member, inspect.getdoc(plain) or ""
+    return found
+
+
+WAITING = {"wait", "watch", "follow", "result", "get", "close"}
+"""Calls that wait for Redis, and the end of a client."""
+
+
+@pytest.mark.parametrize("kind", [Job, Client, Pressure, Events, Alerts, Usage])
+def test_each_call_promises_the_errors_that_it_raises(kind: type, server: embedded.Server) -> None:
+    away = client_of(environment_of(f"redis://127.0.0.1:{free_port()}/0", "away"))
+    idle = client_of(environment_of(server.url, "idle"))
+    made: dict[type, Callable[[Client], Any]] = {
+        Job: lambda client: Job(client.session, "no-such-job"),
+        Client: lambda client: client,
+        Pressure: lambda client: client.pressure,
+        Events: lambda client: client.events,
+        Alerts: lambda client: client.alerts,
+        Usage: lambda client: client.usage,
+    }
+    kept, calls = [], 0
+    with away, idle:
+        for client in (away, idle):
+            for name, (member, text) in members(kind).items():
+                calls += 1
+                try:
+                    value = getattr(made[kind](client), name)
+                    answer = value if isinstance(member, property) else value()
+                    list(answer) if isinstance(answer, Iterator) else None
+                except RlmError as error:
+                    promised = text.partition("Raise")[2]
+                    if not any(each.__name__ in promised for each in type(error).__mro__):
+                        kept.append(f"{name}: {type(error).__name__}")
+
+    assert calls > 4
+    assert kept == [], kept
 
 
 def test_an_unreachable_redis_is_one_line_without_the_password() -> None:
