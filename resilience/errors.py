@@ -459,7 +459,7 @@ class RetryBudgetExhausted(RlmError):
     def __init__(self, service: str, last: BaseException) -> None:
         self.service, self.last = service, last
         super().__init__(
-            f"no retry of {service!r}: its retry budget is spent; "
+            f"no retry of {service!r}: its retry budget is spent, so repair the service; "
             f"the last error was {name_of(last)}: {text_of(last)}"
         )
 

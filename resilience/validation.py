@@ -90,8 +90,9 @@ class Checked(BaseModel):
             return problem["ctx"]["error"]  # type: ignore[no-any-return]  # pydantic types ctx as Any
         *_, last = path = [str(part) for part in problem["loc"]] or [cls.__name__]
         if problem["type"] == "missing":
-            needed = (name for name, field in cls.model_fields.items() if field.is_required())
-            advice = f"is missing; {cls.__name__} needs {' and '.join(needed)}"
+            *needed, final = (name for name, each in cls.model_fields.items() if each.is_required())
+            needs = f"{', '.join(needed)} and {final}" if needed else final
+            advice = f"is missing; {cls.__name__.lstrip('_')} needs {needs}"
             return cls.invalid.missing(to_snake(last), advice)
         if problem["type"] == "extra_forbidden":
             twice = cls._twice(last, to_camel(last))

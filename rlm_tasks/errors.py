@@ -339,7 +339,7 @@ class Quarantined(RlmError):
         times = "once" if deaths == 1 else f"{deaths} times"
         super().__init__(
             f"{what}: its process died {times} while it ran, the last time of {by}; "
-            "it is not tried again"
+            "it is not tried again; mend it, then replay it"
         )
 
 

@@ -585,7 +585,11 @@ class JobRequest(_Checked):
         if self.chunk_size is not None and (
             self.type in ("sequential", "recursive") or self.strategy is not None
         ):
-            raise InvalidRequest("chunk_size", self.chunk_size, "belongs to type='parallel'")
+            raise InvalidRequest(
+                "chunk_size",
+                self.chunk_size,
+                "belongs to type='parallel'; leave out the strategy",
+            )
         return self
 
     @property

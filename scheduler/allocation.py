@@ -216,7 +216,11 @@ def _policies(path: Path) -> Iterator[ResourceAllocationPolicy]:
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InvalidValue("policies", str(path), f"cannot be read: {error.strerror}") from None
+        raise InvalidValue(
+            "policies",
+            str(path),
+            f"cannot be read: {error.strerror}; correct the path, or its rights",
+        ) from None
     except ValueError as error:  # not JSON, or not even text
         raise InvalidValue("policies", str(path), f"is not JSON: {error}") from None
     if not isinstance(entries, list):

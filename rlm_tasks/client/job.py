@@ -141,7 +141,9 @@ class Job(JobWaiter):
         """
         spec = self._spec()
         if self._ledger.answer(self.id) is not None or _merges(spec):
-            raise InvalidRequest("job", self.id, "has a merge, so no output for each item")
+            raise InvalidRequest(
+                "job", self.id, "has a merge, so no output for each item; read result().output"
+            )
         return flattened(partials(self._ledger, self.id, 0, spec.n))
 
     def rows(self) -> Iterator[tuple[int, Any]]:
@@ -263,7 +265,9 @@ class Job(JobWaiter):
             raise InvalidRequest("job", self.id, "still runs; wait for its end, or cancel it")
         failed = self._ledger.failed_items(self.id)
         if not failed:
-            raise InvalidRequest("job", self.id, "has no failed items")
+            raise InvalidRequest(
+                "job", self.id, "has no failed items, so there is nothing to retry"
+            )
         return self._again(spec, failed, reread=reread)
 
     def replay_quarantined(self, *indexes: int) -> Job:
@@ -293,7 +297,11 @@ class Job(JobWaiter):
                 "index", unknown[0], f"is not in quarantine; in job {self.id} there are {known}"
             )
         if not known:
-            raise InvalidRequest("job", self.id, "has no items in quarantine")
+            raise InvalidRequest(
+                "job",
+                self.id,
+                "has no items in quarantine; client.quarantine() lists those of all jobs",
+            )
         return sorted(indexes) or known
 
     def _again(self, spec: JobSpec, indexes: list[int], *, reread: bool = False) -> Job:

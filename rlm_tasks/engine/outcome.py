@@ -90,7 +90,10 @@ class NodeOutcome:
         if self._operation.merge is not None:
             self._outputs.append(output)
         elif not isinstance(output, Sequence) or len(output) != count:
-            raise TypeError(f"a batch of {count} items must return a list of {count} outputs")
+            raise TypeError(
+                f"a batch of {count} items must return a list of {count} outputs, not "
+                f"{type(output).__name__}; return one for each item, or declare a merge"
+            )
         else:
             self._outputs.extend(output)
         self.done += count

@@ -203,7 +203,9 @@ class Files:
         paths = sorted(path for path in found if Path(path).is_file())
         if not paths:
             raise InvalidRequest(
-                "items", str(self.pattern), f"matches no file below {Path.cwd()}; see the pattern"
+                "items",
+                str(self.pattern),
+                f"matches no file below {Path.cwd()}; correct the pattern, or the folder",
             )
         return iter(paths)
 

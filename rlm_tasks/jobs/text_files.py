@@ -153,7 +153,7 @@ class TextFile:
         except InvalidRequest:
             raise
         except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a NUL in a name
-            raise _refused(found, f"cannot be read: {_reason(error)}") from None
+            raise _refused(found, f"cannot be read: {_reason(error)}; {GIVE}") from None
         with file:
             yield cls._checked(resolved, name, file)
 
@@ -163,11 +163,13 @@ class TextFile:
         try:
             about, head = os.fstat(file.fileno()), file.read(HEAD_BYTES)
         except OSError as error:
-            raise _refused(path, f"cannot be read: {_reason(error)}") from None
+            raise _refused(path, f"cannot be read: {_reason(error)}; {GIVE}") from None
         _refuse_other_formats(path, head)
         codec, begin = _codec_of(path, name, head)
         if (about.st_size - begin) % _WIDE.get(codec, 1):
-            raise _refused(path, f"is cut off: {about.st_size} bytes are no {codec} text")
+            raise _refused(
+                path, f"is cut off: {about.st_size} bytes are no {codec} text; copy it again"
+            )
         file.seek(begin)
         return cls(path, codec, begin, about.st_size, about.st_mtime_ns, file)
 
@@ -236,7 +238,7 @@ class TextFile:
         try:
             return self.file.read(size)
         except OSError as error:
-            raise _refused(self.path, f"cannot be read: {_reason(error)}") from None
+            raise _refused(self.path, f"cannot be read: {_reason(error)}; {GIVE}") from None
 
 
 def _ends_with(data: bytes, end: str, encoding: str) -> bool:
@@ -246,6 +248,9 @@ def _ends_with(data: bytes, end: str, encoding: str) -> bool:
 
 def _refused(path: Path, advice: str) -> InvalidRequest:
     return InvalidRequest("items", str(path), advice)
+
+
+GIVE = "give the path of a file that this process may read"
 
 
 def _reason(error: Exception) -> str:

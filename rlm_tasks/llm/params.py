@@ -57,7 +57,9 @@ class Params(Checked):
             not each.models or name in each.models for each in settings.endpoints_or_default
         ):
             raise InvalidRequest(
-                "tier", self.tier or tier, f"no endpoint of RLM_LLM__ENDPOINTS has its model {name}"
+                "tier",
+                self.tier or tier,
+                f"no endpoint of RLM_LLM__ENDPOINTS has its model {name}; take another tier",
             )
         if self.max_tokens > most:
             raise InvalidRequest(

@@ -37,7 +37,10 @@ class Misformed(RlmError):
 
     def __init__(self, why: str) -> None:
         self.why = why
-        super().__init__(f"the answer does not have the required form: {why}")
+        super().__init__(
+            f"the answer does not have the required form: {why}; make the form simpler, or use a "
+            "larger model"
+        )
 
 
 def path_of(form: type[BaseModel]) -> str:

@@ -71,7 +71,9 @@ class Metric:
         known = DECLARED.setdefault(name, self)
         if known is not self and (type(known), known.labels) != (type(self), self.labels):
             raise InvalidValue(
-                "name", name, "is declared already with other labels or as another kind of metric"
+                "name",
+                name,
+                "is declared already with other labels or another kind; use another name",
             )
 
     @property
@@ -84,7 +86,7 @@ class Metric:
             raise InvalidValue(
                 "labels",
                 sorted(given),
-                f"{self.name} has the labels {', '.join(self.labels) or 'none'}",
+                f"{self.name} has the labels {', '.join(self.labels) or 'none'}; give each of them",
             )
         return tuple(
             given[label] if allowed is None or given[label] in allowed else OTHER

@@ -232,11 +232,17 @@ def register(new: Operation) -> Operation:
     Raises InvalidRequest for options that contradict each other.
     """
     if new.concurrency > 1 and not new.is_async:
-        raise InvalidRequest("concurrency", new.concurrency, "above 1 needs an async def")
+        raise InvalidRequest(
+            "concurrency",
+            new.concurrency,
+            "above 1 needs an async def; leave it out for a plain def",
+        )
     if new.batch and new.is_async:
         raise InvalidRequest("batch", new.name, "an async def takes one item; remove batch")
     if not new.is_async and _is_async(new.protection.fallback):
-        raise InvalidRequest("fallback", new.name, "is an async def, but the operation is not")
+        raise InvalidRequest(
+            "fallback", new.name, "is an async def, but the operation is not; make it a plain def"
+        )
     if new.simplified is not None and _is_async(new.simplified) != new.is_async:
         raise InvalidRequest(
             "simplified", new.name, "must be an async def if the operation is one, and only then"
@@ -346,7 +352,9 @@ def import_operations(modules: Sequence[str]) -> None:
         except ModuleNotFoundError as error:
             if error.name and module.startswith(error.name):
                 raise InvalidRequest(
-                    "RLM_OPERATIONS", module, "no such module on the import path"
+                    "RLM_OPERATIONS",
+                    module,
+                    "no such module on the import path; correct it, or set PYTHONPATH",
                 ) from None
             raise
     _imported.update(modules)

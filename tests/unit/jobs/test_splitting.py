@@ -237,7 +237,7 @@ def test_the_estimated_chunk_size() -> None:
     assert estimate_optimal_chunk_size(100, 0.1, 8) == 100
     with pytest.raises(InvalidValue, match="total_items=0: Input should be greater than or equal"):
         estimate_optimal_chunk_size(0, 5, 8)
-    with pytest.raises(InvalidValue, match="targetParallelism"):
+    with pytest.raises(InvalidValue, match="target_parallelism: is missing"):
         estimate_optimal_chunk_size(100, 5)
     with pytest.raises(InvalidValue, match="totalItem"):
         estimate_optimal_chunk_size(

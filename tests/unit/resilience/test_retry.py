@@ -445,7 +445,7 @@ def test_the_error_of_a_spent_budget_names_the_last_error(world: World) -> None:
 
     with pytest.raises(
         RetryBudgetExhausted,
-        match="no retry of 'llm': its retry budget is spent; the last error was Http",
+        match="no retry of 'llm': its retry budget is spent, so repair the service; the",
     ) as caught:
         retry(world, budget).call(Service(world, last))
     assert caught.value.last is last
