@@ -13,6 +13,7 @@ import click
 
 from rlm_tasks.cli.screen import printable as printable
 from rlm_tasks.cli.screen import say as say
+from rlm_tasks.cli.screen import screen_width
 from rlm_tasks.cli.screen import styled as styled
 from rlm_tasks.cli.tables import colored as colored
 from rlm_tasks.cli.tables import table as table
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 _SESSION = "rlm_tasks.session"
 """The place of the session in the memory of a command."""
 EX_USAGE, EX_UNAVAILABLE, EX_FAILED = 2, 69, 1
+_NARROW = 52
+"""Click writes help as if a screen had this many columns at least."""
 
 
 class Polite(click.Group):
@@ -34,6 +37,18 @@ class Polite(click.Group):
     2: invalid input.  69: Redis or the broker does not answer.  1: other errors, such as a failed
     job.  The message of an item's failure is shown only with RLM_SHOW_MESSAGES.
     """
+
+    def make_context(
+        self,
+        info_name: str | None,
+        args: list[str],
+        parent: click.Context | None = None,
+        **extra: Any,
+    ) -> click.Context:
+        """Return its context; help fits a screen that is narrower than click's 50 columns, too."""
+        if (width := screen_width()) and width < _NARROW:
+            extra = {"terminal_width": width, **extra}
+        return super().make_context(info_name, args, parent, **extra)
 
     def invoke(self, ctx: click.Context) -> Any:
         from resilience.errors import InvalidValue

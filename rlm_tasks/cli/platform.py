@@ -91,6 +91,7 @@ def pressure(ctx: click.Context, as_json: bool) -> None:
     if as_json:
         names = (
             "level",
+            "enabled",
             "why",
             "forced",
             "monitored",

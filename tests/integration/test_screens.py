@@ -219,6 +219,17 @@ def test_a_command_is_readable_in_80_and_in_40_columns(
             assert words(printed[columns]) <= words(printed[""]) | NOTE
 
 
+@pytest.mark.parametrize("columns", [40, 80])
+def test_the_help_of_each_command_fits_the_screen(
+    platform: Platform, monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+
+    for name in ("", "quarantine", "config", *(name for name, _ in RUNS)):
+        printed = run(platform.client, *name.split(), "--help").stdout
+        assert max(map(len, printed.splitlines())) <= columns, name
+
+
 def keys(document: Any) -> list[str]:
     """Return the fields of a document, or of the first entry of a list."""
     if isinstance(document, list):
