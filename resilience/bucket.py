@@ -360,7 +360,7 @@ class TokenBucket:
             raise InvalidValue(
                 unknown[0],
                 amounts[unknown[0]],
-                f"bucket {self.name} limits {', '.join({**self.rates, **self.scoped})}",
+                f"rate limit {self.name} has {', '.join({**self.rates, **self.scoped})}",
             )
         chosen = [
             _Limit(name, "", rate, amounts[name])
@@ -375,7 +375,7 @@ class TokenBucket:
                 raise InvalidValue(each.name, each.amount, "must be a number of at least 0")
             if each.amount > each.rate.limit:
                 raise NeverSatisfiable(
-                    f"{each.name} of bucket {self.name}", each.amount, each.rate.limit
+                    f"{each.name} of rate limit {self.name}", each.amount, each.rate.limit
                 )
         return chosen
 
@@ -447,7 +447,7 @@ class TokenBucket:
             why = f"its provider asked for a pause until {until} UTC"
             if waiter and grant.wait_s >= LINE_FROM_S:
                 noted = self._stand(waiter, urgency, grant.wait_s)
-        return RateLimited(f"bucket {self.name}", grant.wait_s, why, noted=noted)
+        return RateLimited(f"rate limit {self.name}", grant.wait_s, why, noted=noted)
 
     def _stand(self, waiter: str, urgency: int, wait_s: float) -> bool:
         """Let a waiter stand in the line of a pause; return whether it does."""

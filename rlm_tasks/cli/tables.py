@@ -54,17 +54,18 @@ class _Column:
     name: str
     cells: Sequence[tuple[str, str]]
     natural: int  # the width of its longest text
-    is_figure: bool  # its texts are numbers, which are never cut
+    is_figure: bool  # its texts are numbers
     is_last: bool  # its texts are wrapped by words
 
     def least(self, sentence: int) -> int:
-        """Return its least width, for the last column that of a sentence."""
+        """Return its least width: figures and states are never cut, the last column is wrapped."""
         from rich.cells import cell_len
 
+        is_state = any(color for _, color in self.cells) and not self.is_last
         least = sentence if self.is_last else _LEAST
-        return (
-            self.natural if self.is_figure else min(self.natural, max(cell_len(self.name), least))
-        )
+        if self.is_figure or is_state:
+            return self.natural
+        return min(self.natural, max(cell_len(self.name), least))
 
     def shown(self, width: int) -> list[str]:
         """Return its texts, cut at this width."""

@@ -73,7 +73,7 @@ def test_a_pause_of_a_day_is_bounded_told_and_released(
     held = {each.service: each.hold_s for each in client.limits()}
 
     assert 0 < held[LIMIT] <= HOLD_MOST_S
-    assert f"bucket {LIMIT}: its provider asked for a pause until" in job.explain()
+    assert f"rate limit {LIMIT}: its provider asked for a pause until" in job.explain()
     code, said = run(client, "limits")
     assert (code, "held by the provider" in " ".join(said.split())) == (0, True)
     code, said = run(client, "limits", "release", "llm:OTHER")

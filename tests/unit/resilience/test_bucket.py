@@ -246,7 +246,7 @@ def test_an_amount_above_the_limit_of_a_window_is_refused_at_once(
     world: World, amount: float
 ) -> None:
     with pytest.raises(
-        NeverSatisfiable, match=r"tokens of bucket llm: .* can never be granted, the limit is 90000"
+        NeverSatisfiable, match=r"tokens of rate limit llm: .* can never be granted, the limit is 90000"
     ):
         bucket_of(world).acquire(requests=1, tokens=amount)
 
@@ -254,7 +254,7 @@ def test_an_amount_above_the_limit_of_a_window_is_refused_at_once(
 @pytest.mark.parametrize(
     ("amounts", "message"),
     [
-        ({"token": 1}, "token=1: bucket llm limits requests, tokens"),
+        ({"token": 1}, "token=1: rate limit llm has requests, tokens"),
         ({"tokens": -1}, "tokens=-1"),
         ({"tokens": float("nan")}, "tokens=nan"),
         (
