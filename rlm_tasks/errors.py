@@ -41,6 +41,7 @@ from resilience.errors import (
     StoreReadOnly,
     StoreUnauthorised,
     StoreUnavailable,
+    figure,
 )
 from resilience.faults import shows_outage
 from resilience.store import masked
@@ -360,7 +361,8 @@ class ResultTimeout(RlmError, TimeoutError):
     def __init__(self, job_id: str, waited_s: float) -> None:
         self.job_id, self.waited_s = job_id, waited_s
         super().__init__(
-            f"job {job_id} has not ended within {waited_s:g} s; it goes on, call again with its id"
+            f"job {job_id} has not ended within {figure(waited_s)} s; it goes on, "
+            "call again with its id"
         )
 
 

@@ -15,7 +15,7 @@ import msgspec
 from rlm_tasks.errors import JobCancelled, JobEnded, JobExpired, JobFailed
 from rlm_tasks.results import ItemFailure, Status
 from rlm_tasks.tones import Tone as Tone
-from rlm_tasks.words import instant
+from rlm_tasks.words import figure, instant
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +103,7 @@ def _because(facts: Mapping[str, str], verb: str) -> str:
     cause = CAUSES.get(facts.get("stop", ""), "")
     if facts.get("stop_why") == "queue_timeout":
         waited_s = (int(facts["start_by"]) - int(facts["opened_ms"])) / 1000
-        cause = f"no worker began it within its queue_timeout of {waited_s:g} s"
+        cause = f"no worker began it within its queue_timeout of {figure(waited_s)} s"
     if facts.get("stop") == "failed" and facts["failed"] == "1":
         cause = "an item failed"
     elif facts.get("stop") == "failed" and facts["done"] == "0" and facts["fail_limit"] != "0":

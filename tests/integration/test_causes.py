@@ -502,7 +502,7 @@ CAUSES: dict[str, tuple[Injection, dict[str, str]]] = {
     ),
     "a rate limit": (
         submitted(operation="cause.limited", items=[1, 2]),
-        {"explain": r"It waits: 1 node is parked \(bucket cause\.limited: "},
+        {"explain": r"It waits: 1 node is parked \(rate limit cause\.limited: "},
     ),
     "a bulkhead": (
         submitted(operation="cause.crowded", items=["hold"] * 2, type="parallel", chunk_size=1),
@@ -511,7 +511,7 @@ CAUSES: dict[str, tuple[Injection, dict[str, str]]] = {
     "a pause that the provider asked for": (
         submitted(operation="cause.paused", items=[1]),
         {
-            "explain": r"bucket cause\.paused: its provider asked for a pause until \d\d:\d\d",
+            "explain": r"rate limit cause\.paused: its provider asked for a pause until \d\d:\d\d",
             "doctor": r"warning limits: no call of cause\.paused is made for \S+ \w+: its provider "
             r"asked for it\. To end it: celery -A \S+ rlm limits release cause\.paused",
         },

@@ -246,7 +246,8 @@ def test_an_amount_above_the_limit_of_a_window_is_refused_at_once(
     world: World, amount: float
 ) -> None:
     with pytest.raises(
-        NeverSatisfiable, match=r"tokens of rate limit llm: .* can never be granted, the limit is 90000"
+        NeverSatisfiable,
+        match=r"tokens of rate limit llm: .* can never be granted, the limit is 90000",
     ):
         bucket_of(world).acquire(requests=1, tokens=amount)
 
