@@ -13,7 +13,7 @@ import click
 
 from rlm_tasks.cli.screen import printable as printable
 from rlm_tasks.cli.screen import say as say
-from rlm_tasks.cli.screen import screen_width
+from rlm_tasks.cli.screen import screen_width, wrapped
 from rlm_tasks.cli.screen import styled as styled
 from rlm_tasks.cli.tables import colored as colored
 from rlm_tasks.cli.tables import table as table
@@ -56,6 +56,10 @@ class Polite(click.Group):
 
         try:
             return super().invoke(ctx)
+        except click.UsageError as error:
+            label = "Error: "  # `show` of the error prints it before the message
+            text = wrapped(label + printable(error.format_message()), err=True)
+            raise click.UsageError(text.removeprefix(label), error.ctx) from error
         except RlmError as error:
             outline = getattr(error, "outline", "")  # a failed job has one
             shown = outline if outline and not shows_messages(ctx) else error

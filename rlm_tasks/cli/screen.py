@@ -30,11 +30,17 @@ def say(text: str, *, hang: int | None = None, err: bool = False, nl: bool = Tru
     A line that is longer than the screen is wrapped by words.  Its next lines are indented by
     `hang` characters, by default as its first line.
     """
-    width = screen_width(err=err)
     shown = "\x1b".join(printable(part) for part in text.split(_ESCAPE))
-    if width is not None:
-        shown = "\n".join(_wrapped(line, width, hang) for line in shown.split("\n"))
+    shown = wrapped(shown, hang=hang, err=err)
     click.echo(shown, err=err, nl=nl, color=None if may_color() else False)
+
+
+def wrapped(text: str, *, hang: int | None = None, err: bool = False) -> str:
+    """Return a text whose lines fit the screen, as `say` prints it."""
+    width = screen_width(err=err)
+    if width is None:
+        return text
+    return "\n".join(_wrapped(line, width, hang) for line in text.split("\n"))
 
 
 def _wrapped(line: str, width: int, hang: int | None) -> str:

@@ -230,6 +230,28 @@ def test_the_help_of_each_command_fits_the_screen(
         assert max(map(len, printed.splitlines())) <= columns, name
 
 
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["jobs", "--limit", "0"], 2),
+        (["jobs", "--wid"], 2),
+        (["breakers", "reset", "the-gateway-of-nobody"], 2),
+        (["job", "00000000"], 1),
+    ],
+)
+def test_an_error_is_wrapped_by_words(
+    platform: Platform, monkeypatch: pytest.MonkeyPatch, arguments: list[str], code: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    narrow = run(platform.client, *arguments)
+    monkeypatch.delenv("COLUMNS")
+
+    error = narrow.stderr.partition("Error: ")[2]
+    assert narrow.exit_code == code
+    assert [line for line in error.splitlines() if len(line) > 40 and " " in line] == []
+    assert error.split() == run(platform.client, *arguments).stderr.partition("Error: ")[2].split()
+
+
 def keys(document: Any) -> list[str]:
     """Return the fields of a document, or of the first entry of a list."""
     if isinstance(document, list):
