@@ -555,7 +555,7 @@ def queues(client: Client) -> Picture:
                 columns=columns,
                 rows=rows,
                 empty="",
-                minor=("The oldest waits", "Consumed by"),
+                minor=("The oldest waits", "Parked", "In flight"),
             )
         ],
     )
