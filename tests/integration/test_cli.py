@@ -101,6 +101,8 @@ def test_a_job_from_stdin_to_its_tree(client: Client, environment: dict[str, str
     [
         (["submit"], "{oops", 2, "is not JSON"),
         (["submit"], '{"operation": "smu", "items": []}', 2, "did you mean 'sum'"),
+        (["submit"], '{"operation": "sum", "items": [], "priorty": 1}', 2, "mean 'priority'?"),
+        (["submit"], '{"operation": "sum", "options": {"chunkSize": 3}}', 2, "beside options"),
         (["job", "nothing"], "", 1, "job nothing is unknown"),
         (["retry", "nothing"], "", 1, "job nothing is unknown"),
         (["demo", "--path", "/no/such/folder"], "", 2, "does not exist"),
