@@ -194,8 +194,8 @@ def test_an_item_over_the_limit_is_named(server: Any) -> None:
 
 
 CALLS: list[tuple[Callable[[Client], Any], str]] = [
-    (lambda c: c.job(3), "job=3: must be the id of a job, or its beginning"),
-    (lambda c: c.job("\ud800"), "job='.ud800': must be the id"),
+    (lambda c: c.job(3), "job=3: must be the id of a job, a text"),
+    (lambda c: c.job("\ud800"), "job '.ud800' is unknown"),
     (
         lambda c: c.execute(operation="sum", items=[1], timeout="soon"),
         "timeout='soon': must be a n",
