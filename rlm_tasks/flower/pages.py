@@ -48,7 +48,7 @@ MESSAGES = 20
 """The most failures whose messages are shown."""
 
 UNKNOWN = "not known"
-"""What a card shows while no worker reports."""
+"""The value of a card while no worker reports."""
 
 
 @dataclass(frozen=True, slots=True)

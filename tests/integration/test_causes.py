@@ -92,7 +92,7 @@ class Scene:
 
     client: Client
     job: Job | None = None
-    environment: Mapping[str, str] | None = None  # of a command that asks
+    environment: Mapping[str, str] | None = None  # that of the command `rlm doctor`
 
     def text(self, place: str) -> str:
         """Return all that one place tells."""
