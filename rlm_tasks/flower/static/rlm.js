@@ -59,7 +59,7 @@
             "data-key": action.label || action.title, "data-action": JSON.stringify(action)}, action.title);
     }
 
-    const unbroken = (text) => (text.length < 18 ? " text-nowrap" : text.length > 120 ? " rlm-words" : "");
+    const unbroken = (text) => (text.length < 16 ? " text-nowrap" : text.length > 120 ? " rlm-words" : "");
 
     function content(value) {
         if (value.link) { return make("a", {href: page.dataset.job.replace("ID", encodeURIComponent(value.link))}, value.text); }
