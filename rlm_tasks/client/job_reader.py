@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING
 from resilience.errors import refuse_unless_count
 from rlm_tasks.client.session import Session
 from rlm_tasks.errors import InvalidRequest, JobNotFound, JobUnreadable, RlmError
-from rlm_tasks.jobs.endings import CELERY_STATES, sentence
+from rlm_tasks.jobs.endings import CELERY_STATES, named_item, raised_words, sentence
 from rlm_tasks.jobs.item_failures import outline
 from rlm_tasks.jobs.trace_ids import trace_id_of
 from rlm_tasks.ledger.at_work import held_nodes
 from rlm_tasks.ledger.explain import explain, last_begun_ms, without_message
 from rlm_tasks.ledger.job_counters import JobCounters, JobReading, read_counters
+from rlm_tasks.ledger.reader import first_failure
 from rlm_tasks.ledger.records import MERGE
 from rlm_tasks.ledger.round_ids import opened_rounds
 from rlm_tasks.ledger.tree import read_tree
@@ -144,7 +145,8 @@ class JobReader:
         """
         facts = self._facts() if message else without_message(self._facts())
         if Status(facts["state"]).final:
-            return sentence(facts, self._ledger.clock.now_ms())
+            ended = sentence(facts, self._ledger.clock.now_ms())
+            return f"{ended}{self._blamed(facts, message=message)}"
         at_work = held_nodes(self._ledger, self.id, facts)
         why = explain(
             facts,
@@ -186,13 +188,7 @@ class JobReader:
         The `where` of each one is found here: it is not stored with the failure.  Raises
         StoreUnavailable.
         """
-        failures = self._ledger.failures(self.id)
-        spec = self._readable_spec() if failures else None
-        if spec is None:
-            return failures
-        reader, keys = self._session.reader, self._keys
-        place = partial(reader.place, spec.source, keys.items, keys.blocks)
-        return [replace(each, where=place(each.index)) for each in failures]
+        return self._placed(self._ledger.failures(self.id))
 
     def quarantined(self) -> list[QuarantinedItem]:
         """Return the quarantined items in order: their process died too often to run them again.
@@ -214,6 +210,25 @@ class JobReader:
         if spec is None:
             raise JobNotFound(self.id)
         return spec
+
+    def _placed(self, failures: list[ItemFailure]) -> list[ItemFailure]:
+        """Return failures with the places of their items, if these can be read."""
+        spec = self._readable_spec() if failures else None
+        if spec is None:
+            return failures
+        reader, keys = self._session.reader, self._keys
+        place = partial(reader.place, spec.source, keys.items, keys.blocks)
+        return [replace(each, where=place(each.index)) for each in failures]
+
+    def _blamed(self, facts: Facts, *, message: bool) -> str:
+        """Return a sentence that names the first failed item of a failed job; '' without one."""
+        if facts["state"] != Status.FAILED or facts["failed"] == "0" or facts.get("error"):
+            return ""
+        first = first_failure(self._ledger, self.id)
+        if first is None:
+            return ""
+        [placed] = self._placed([first])
+        return f" First failure: {named_item(placed)}: {raised_words(placed, message=message)}."
 
     def _readable_spec(self) -> JobSpec | None:
         """Return the specification, None if it cannot be read or has expired."""

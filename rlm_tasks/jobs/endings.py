@@ -127,6 +127,17 @@ class Blamed:
     round: int = 0  # 0: it is the job's own
 
 
+def named_item(failure: ItemFailure) -> str:
+    """Return the number and the place of a failed item: "item 0 (payments.csv, line 1)"."""
+    return f"item {failure.index}{f' ({failure.where})' if failure.where else ''}"
+
+
+def raised_words(failure: ItemFailure, *, message: bool) -> str:
+    """Return the class of an exception, and its message or the length of that."""
+    shown = failure if message else failure.outline()
+    return f"{shown.type}: {shown.message}" if shown.message else shown.type
+
+
 def how_it_ended(facts: Mapping[str, str], blamed: Blamed | None, *, message: bool) -> str:
     """Return the text of a job's error behind "job ID", with or without the failure's message.
 
@@ -136,9 +147,8 @@ def how_it_ended(facts: Mapping[str, str], blamed: Blamed | None, *, message: bo
     ended = ended.removeprefix("It ").removesuffix(".")
     if blamed is None:
         return ended
-    failure = blamed.failure if message else blamed.failure.outline()
-    item = f"item {failure.index}{f' ({failure.where})' if failure.where else ''}"
-    words = f"{failure.type}: {failure.message}" if failure.message else failure.type
+    failure = blamed.failure
+    item, words = named_item(failure), raised_words(failure, message=message)
     if facts["state"] != Status.FAILED:
         first = item if failure.index >= 0 else "in its merge"
         return f"{ended}; its first failure, {first}: {words}"

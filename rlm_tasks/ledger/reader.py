@@ -237,6 +237,21 @@ def inflight_of(job: str, values: Sequence[bytes]) -> tuple[int, int, int]:
     return done, failed, skipped
 
 
+def first_failure(ledger: LedgerReader, job: str) -> ItemFailure | None:
+    """Return the failed item with the lowest index; None without one, or if it is not kept.
+
+    Raises JobUnreadable, StoreUnavailable.
+    """
+    keys = ledger.keys.of(job)
+    first: list[bytes] = ledger.call(lambda client: client.zrange(keys.failed, 0, 0))
+    if not first:
+        return None
+    index = first[0].partition(b":")[0]
+    text = ledger.call(lambda client: client.hget(keys.failures, index))
+    with reading(job, "the first failure"):
+        return _failures_of(text)[0] if text else None
+
+
 def ranges_of(members: Sequence[bytes]) -> IndexRanges:
     """Return failed items from their names in the ledger: an index, or a range "lo:hi"."""
     edges = (member.split(b":") for member in members)

@@ -549,7 +549,11 @@ CAUSES: dict[str, tuple[Injection, dict[str, str]]] = {
     ),
     "a failed item": (
         submitted(ended=True, operation="cause.fails", items=["x"]),
-        {"explain": r"It failed because an item failed"},
+        {
+            "explain": r"It failed because an item failed: .* First failure: item 0: ValueError: "
+            r"no date: x\.$",
+            "page": r"First failure: item 0: ValueError: \(\d+ characters\)\.",
+        },
     ),
     "a failed merge": (
         submitted(ended=True, operation="cause.unmerged", items=[1]),
