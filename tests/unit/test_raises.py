@@ -63,6 +63,7 @@ ALLOWED: dict[tuple[str, str], str] = {
     ("HTTPError", "rlm_tasks.flower.*"): FRAMEWORK,
     ("Reject", "rlm_tasks.engine.message_handlers"): FRAMEWORK,
     ("BadParameter", "rlm_tasks.*"): FRAMEWORK,
+    ("UsageError", "rlm_tasks.cli.*"): FRAMEWORK,
 }
 """(class, modules) -> why the class is no RlmError; `*` stands for any characters."""
 
