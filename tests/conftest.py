@@ -1,4 +1,5 @@
-"""Settings of all tests: no RLM_* or CELERY_* variables, no time limit for Hypothesis examples.
+"""Settings of all tests: no RLM_* or CELERY_* variables, no width of a terminal, no time limit for
+Hypothesis examples.
 
 Workers start without the import of Celery.  pytest loads this file first."""
 
@@ -16,6 +17,7 @@ from tests.warm import Starter
 for _name in [name for name in os.environ if name.startswith(("RLM_", "CELERY_"))]:
     # A developer's own settings must not change the result of a test.
     del os.environ[_name]
+os.environ.pop("COLUMNS", None)  # pytest-xdist sets it: a command would wrap what a test reads
 
 settings.register_profile("rlm", deadline=None)
 settings.load_profile("rlm")

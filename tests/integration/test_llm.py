@@ -272,7 +272,7 @@ def test_a_form_that_max_tokens_cuts_fails_after_one_call(platform: Platform) ->
 
     failure = failed.value.failures[0]
     assert failure.code == "MISFORMED_ANSWER"
-    assert failure.message.endswith("max_tokens cut it at 5; set a larger max_tokens")
+    assert "max_tokens cut it at 5; set a larger max_tokens" in failure.message
     assert platform.calls() == 1
 
 
