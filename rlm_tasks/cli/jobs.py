@@ -21,13 +21,13 @@ from rlm_tasks.cli.output import (
     answer,
     as_json_option,
     client_of,
+    colored,
     print_json,
     say,
     session_of,
     shows_messages,
     table,
     wide_option,
-    word_of,
 )
 from rlm_tasks.cli.tables import has_room
 from rlm_tasks.cli.watching import ended_items, explained, sentence_about, share_of, show_live
@@ -146,13 +146,13 @@ def _outline(spec: JobSpec, at: Progress) -> dict[str, Any]:
 
 
 def _row(spec: JobSpec, at: Progress, now: float) -> tuple[Any, ...]:
-    from rlm_tasks.jobs.endings import shown
+    from rlm_tasks.jobs.endings import shown_progress
     from rlm_tasks.words import duration
 
     return (
         short(spec.job),
         spec.operation,
-        shown(at.status, at.failed),
+        shown_progress(at),
         f"{share_of(at):.0%}",
         at.failed,
         duration(max(1.0, now - at.submitted_at)),
@@ -229,6 +229,7 @@ def _show(ctx: click.Context, handle: Job) -> None:
 
 
 def _heading(spec: JobSpec, at: Progress, now: float) -> str:
+    from rlm_tasks.jobs.endings import shown_progress
     from rlm_tasks.words import age, count, duration
 
     about = f": {spec.description}" if spec.description else ""
@@ -238,7 +239,7 @@ def _heading(spec: JobSpec, at: Progress, now: float) -> str:
     return (
         f"{spec.job}\n"
         f"{spec.operation}{about}\n"
-        f"{word_of(at.status, at.failed)},{counts} {count(at.nodes, 'node')}{took}\n"
+        f"{colored(*shown_progress(at))},{counts} {count(at.nodes, 'node')}{took}\n"
         f"submitted {age(now - at.submitted_at)}, priority {spec.priority}"
     )
 

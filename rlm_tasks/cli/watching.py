@@ -112,10 +112,11 @@ def share_of(progress: Progress) -> float:
 
 def facts_of(progress: Progress) -> str:
     """Return status, share, failures, rate and remaining time: "running, 12%, 3 failed"."""
+    from rlm_tasks.jobs.endings import shown_progress
     from rlm_tasks.words import duration
 
     at = progress
-    parts = [str(at.status), f"{share_of(at):.0%}"]
+    parts = [shown_progress(at)[0], f"{share_of(at):.0%}"]
     parts += [f"{at.failed:,} failed"] if at.failed else []
     parts += [f"{at.skipped:,} skipped"] if at.skipped else []
     parts += [f"round {at.round}"] if at.round else []

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from resilience.degradation import Level
 from rlm_tasks.errors import JobNotFound
 from rlm_tasks.installation import command_of
-from rlm_tasks.jobs.endings import ENDINGS, shown
+from rlm_tasks.jobs.endings import ENDINGS, shown, shown_progress
 from rlm_tasks.jobs.item_failures import alike
 from rlm_tasks.results import COLUMNS, Progress, Status, rows
 from rlm_tasks.telemetry.exposition import BREAKER_STATES
@@ -163,7 +163,7 @@ def _job_row(spec: JobSpec, at: Progress) -> list[str | Cell]:
         Cell(spec.operation, note=spec.description, link=spec.job),
         _short(spec.job),
         spec.priority,
-        Cell(*shown(at.status, at.failed), badge=True),
+        Cell(*shown_progress(at), badge=True),
         _share(at),
         f"{at.total:,}",
         Cell(f"{at.failed:,}", "danger" if at.failed else ""),
@@ -214,7 +214,7 @@ def job(client: Client, job_id: str) -> Picture:
         raise JobNotFound(job_id)
     at = handle.progress()
     cards = [
-        Card("Status", *shown(at.status, at.failed)),
+        Card("Status", *shown_progress(at)),
         Card(f"Done, of {counted(at.total, 'item')}", f"{at.done:,}"),
         Card("Failed", f"{at.failed:,}", "danger" if at.failed else ""),
         Card("Time", duration(at.elapsed_s)),

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import msgspec
 
 from rlm_tasks.errors import JobCancelled, JobEnded, JobExpired, JobFailed
-from rlm_tasks.results import ItemFailure, Status
+from rlm_tasks.results import ItemFailure, Progress, Status
 from rlm_tasks.tones import Tone as Tone
-from rlm_tasks.words import figure, instant
+from rlm_tasks.words import duration, figure, instant
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +71,18 @@ def shown(status: Status, failed: int) -> tuple[str, Tone]:
     if status is Status.SUCCEEDED and failed:
         return WITH_FAILURES, "warning"
     return str(status), TONES[status]
+
+
+IDLE_S = 5.0
+"""An open job without a running node is shown as idle after this time."""
+
+
+def shown_progress(at: Progress) -> tuple[str, Tone]:
+    """Return the words and the colour for the status of a job: "running, idle 74 s"."""
+    word, tone = shown(at.status, at.failed)
+    return (
+        (f"{word}, idle {duration(at.idle_s)}", "warning") if at.idle_s > IDLE_S else (word, tone)
+    )
 
 
 def sentence(facts: Mapping[str, str], now_ms: int | None = None) -> str:
