@@ -39,8 +39,11 @@ def obstacle(spec: JobSpec, deployment: Deployment) -> str:
     if deployment.queues is None:
         return "The broker does not answer, so no message reaches a worker."
     if all(host.draining for host in serving):
-        ends = _verb(serving, "ends, and takes", "end, and take")
-        return f"Nobody works on it: {_names(serving)} {ends} no more work."
+        drains = _verb(serving, "drains, and takes", "drain, and take")
+        return (
+            f"Nobody works on it: {_names(serving)} {drains} no more work. If nobody stops "
+            f"{_verb(serving, 'it', 'them')}, type: {command} control rlm_resume"
+        )
     return unfit(spec.operation, spec.version, spec.schema, serving, spec.queue)
 
 
@@ -132,6 +135,8 @@ def waiting(queue: str, deployment: Deployment, sweep_s: float) -> str:
     serving = deployment.workers.of_queue(queue)
     slots, busy = sum(host.slots for host in serving), sum(host.busy for host in serving)
     depth = (deployment.queues or {}).get(queue, QueueReport(0)).depth
+    if not slots:
+        return f"No slot of queue {queue} is ready: the pool of {_names(serving)} starts."
     if busy >= slots:
         work = sum((Counter(host.active) for host in serving), Counter[str]())
         what = listed(tuple(f"{name} on {number}" for name, number in work.most_common()))

@@ -429,7 +429,7 @@ CAUSES: dict[str, tuple[Injection, dict[str, str]]] = {
     ),
     "a worker that ends": (
         draining_worker,
-        {"explain": NOBODY + r"worker \S+ ends, and takes no more work"},
+        {"explain": NOBODY + r"worker \S+ drains, and takes no more work"},
     ),
     "a worker of another queue": (
         wrong_queue,

@@ -71,7 +71,8 @@ def around(
         ),
         (
             around(host("w1", draining=True)),
-            "Nobody works on it: worker w1 ends, and takes no more work.",
+            "Nobody works on it: worker w1 drains, and takes no more work. If nobody stops it, "
+            "type: celery -A shop control rlm_resume",
         ),
         (
             Deployment(Workers([host("w1")], []), None, BROKER, COMMAND),
@@ -112,6 +113,10 @@ def test_a_job_of_a_newer_version_names_both_versions(spec: JobSpec) -> None:
         (
             around(host("w1", busy=2, active={"shop.slow": 2}), unit_normal=QueueReport(5)),
             "All 2 slots of queue unit.normal are busy (shop.slow on 2), and 5 messages wait.",
+        ),
+        (
+            around(host("w1", slots=0), unit_normal=QueueReport(1)),
+            "No slot of queue unit.normal is ready: the pool of worker w1 starts.",
         ),
         (
             around(host("w1", broker="amqp://there//"), unit_normal=QueueReport(1)),
