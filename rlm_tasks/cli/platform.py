@@ -242,7 +242,7 @@ def reset(ctx: click.Context, name: str | None, every: bool, as_json: bool) -> N
 def limits(ctx: click.Context, as_json: bool) -> None:
     """Show how full rate limits and bulkheads are; see `release`.
 
-    They are those of models, and those that operations of RLM_OPERATIONS declare.
+    They are those of models and operations, of live workers and of this process.
     """
     if ctx.invoked_subcommand is not None:
         return

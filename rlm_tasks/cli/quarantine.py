@@ -75,7 +75,7 @@ def show_quarantined(ctx: click.Context, job_id: str, index: int, as_json: bool)
 @click.pass_context
 def replay(ctx: click.Context, job_id: str, indexes: tuple[int, ...], as_json: bool) -> None:
     """Open a new job on quarantined items, all or the given ones; they leave quarantine."""
-    again = job_of(ctx, job_id).replay_quarantined(*indexes)
+    again = client_of(ctx).job(job_id).replay_quarantined(*indexes)
     answer({"id": again.id}, again.id, as_json)
 
 

@@ -500,7 +500,7 @@ def limits(client: Client) -> Picture:
         Card("Held by a provider", str(held), "danger" if held else ""),
     ]
     columns = ("Service", "Limit", "Used", "Within", "Nodes in line", "Held by the provider")
-    empty = "No operation that this Flower imports (RLM_OPERATIONS) declares a limit."
+    empty = "No operation of a live worker declares a limit."
     table = Table(
         title="",
         columns=columns,

@@ -214,7 +214,7 @@ def test_the_command_line_lists_shows_replays_and_drops(on_shared: Cell, tmp_pat
     assert "attempts     3" in rlm("show", job.id, "9").stdout
     missing = rlm("show", job.id, "5")
     assert (missing.returncode, "is not in quarantine" in missing.stderr) == (2, True)
-    assert rlm("drop", job.id, "9").stdout == "1 dropped\n"
+    assert rlm("drop", job.id, "9").stdout == "1 item dropped\n"
     cured.touch()
     again = rlm("replay", job.id).stdout.strip()
     assert on_shared.client.job(again).result(timeout=30).output == [3, 4]

@@ -19,10 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
+from celery.worker.control import Panel
 
+import rlm_tasks.worker.control  # noqa: F401  # it registers our commands with the panel
 from resilience.errors import RlmError
 from rlm_tasks import Client, Job
+from rlm_tasks.cli import rlm
 from rlm_tasks.diagnosis.doctor import examine
 from rlm_tasks.flower import pages
 from rlm_tasks.installation import command_of
@@ -113,19 +117,19 @@ def _examined(scene: Scene) -> str:
 
 
 def _command(scene: Scene) -> str:
-    """Return what `rlm doctor` prints in a process of its own, on one line."""
+    """Return what `rlm doctor` prints in a process of its own."""
     environment = {**os.environ, **(scene.environment or {})}
     command = [sys.executable, "-m", "celery", "-A", "rlm_tasks", "rlm", "doctor"]
     ran = subprocess.run(
         command, check=False, env=environment, capture_output=True, text=True, timeout=60
     )
-    return " ".join(ran.stdout.split())
+    return ran.stdout
 
 
 def _page(scene: Scene) -> str:
     assert scene.job is not None
     page = pages.job(scene.client, scene.job.id).to_dict()
-    return f"{page['sentence']} {page['cards'][0]['value']}"
+    return f"{page['sentence']}\n{page['cards'][0]['value']}"
 
 
 def _operations(scene: Scene) -> str:
@@ -484,7 +488,7 @@ CAUSES: dict[str, tuple[Injection, dict[str, str]]] = {
         {
             "limits": r"llm:MAIN_KEY.*tokens.*limit=10000000",
             "endpoints": r"name='main'",
-            "doctor command": r"WARNING operations: workers know .* cannot submit them",
+            "doctor command": r"WARNING +operations: workers know .* cannot submit them",
         },
     ),
     "a node at work": (
@@ -637,3 +641,28 @@ def test_each_cause_has_the_right_sentence_in_each_place(site: Site, cause: str)
             with contextlib.suppress(AssertionError):
                 wait_until(right, within_s=10)
             assert re.search(pattern, texts[0], re.DOTALL), f"{place}: {texts[0]}"
+            check_commands(texts[0])
+
+
+def check_commands(text: str) -> None:
+    """Assert that each command that a text advises exists, with its options."""
+    for found in re.findall(r"celery -A \S+((?: [\w@./:=-]+)+)", text):
+        name, *words = found.rstrip(".:").split()
+        if name == "rlm":
+            _resolve(rlm, words)
+        elif name in ("inspect", "control"):
+            assert words[0] in Panel.data, found
+        else:
+            assert name in ("worker", "beat"), found
+            assert not words or words[0] == "-Q", found
+
+
+def _resolve(group: click.Group, words: list[str]) -> None:
+    """Parse a command of a group.  Raises UsageError for a wrong one."""
+    with click.Context(group) as ctx:
+        _, command, rest = group.resolve_command(ctx, words)
+        assert command is not None
+        if isinstance(command, click.Group) and rest:
+            _resolve(command, rest)
+        else:
+            command.make_context(command.name, rest, parent=ctx)

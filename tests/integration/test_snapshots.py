@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from rlm_tasks import Client
 from rlm_tasks.cli import rlm
 from rlm_tasks.testing import embedded
+from scheduler.alerts import Alert
 from scheduler.snapshots import MIN_ITEMS, MIN_PAST, RECENT
 from tests.integration.conftest import client_of, environment_of
 from tests.support import wait_until
@@ -39,6 +40,12 @@ class Watched:
     def events(self) -> list[str]:
         """Return the names of performance events, the oldest first."""
         return [each.name for each in self.client.events.recent(100, "performance.*")][::-1]
+
+    def alerts(self) -> list[Alert]:
+        """Return the alerts of a degraded performance."""
+        return [
+            each for each in self.client.alerts.history() if each.kind == "performance.degraded"
+        ]
 
     def _latest(self) -> float:
         return max((each.at for each in self.client.snapshots("as_slow_as")), default=0.0)
@@ -73,7 +80,8 @@ def test_a_slower_operation_causes_events_and_an_alert(watched: Watched) -> None
         watched.run(20.0)
 
     assert watched.events() == ["performance.degraded"]
-    [alert] = [each for each in client.alerts.history() if each.kind == "performance.degraded"]
+    wait_until(lambda: bool(watched.alerts()))  # it follows its event
+    [alert] = watched.alerts()
     assert (alert.subject, alert.severity.label) == ("as_slow_as", "warning")
     [operation] = client.status().operations
     assert (operation["slower"], operation["change_percent"] > 100) == (True, True)
