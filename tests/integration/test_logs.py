@@ -143,9 +143,11 @@ def test_the_log_of_beat_is_json_too(server: embedded.Server, tmp_path: Path) ->
         )
     try:
         wait_until(lambda: "rlm.monitor" in (tmp_path / "beat.log").read_text())
+        # Celery logs a signal that interrupts a tick as critical, so the end does not count.
+        written, _, _ = (tmp_path / "beat.log").read_text().rpartition("\n")
     finally:
         embedded.end(process)
 
-    lines = [json.loads(line) for line in (tmp_path / "beat.log").read_text().splitlines()]
+    lines = [json.loads(line) for line in written.splitlines()]
     assert "beat: Starting..." in [line["message"] for line in lines]
     assert {line["level"] for line in lines} == {"INFO"}
