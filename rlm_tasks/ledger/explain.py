@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 
 import msgspec
 
@@ -51,11 +52,19 @@ def explain(
     elif running:
         what = _running(at_work, running)
     else:
-        what = _idle(facts, at_work, now_ms, lost)
+        # Nodes that no worker can run are parked for this reason, which `blocked` says better.
+        shown = replace(at_work, reasons={}) if blocked and at_work.parked else at_work
+        what = _idle(facts, shown, now_ms, lost)
         if not (blocked or lost or at_work.parked) and at_work.queued:
             blocked = waiting(facts["queue"], deployment, sweep_s)
     told = blocked if blocked and not running else _left_behind(lost, deployment)
-    return f"{what} {told}".rstrip()
+    return f"{what} {told or _breaker_hint(at_work, deployment)}".rstrip()
+
+
+def _breaker_hint(at_work: NodesAtWork, deployment: Deployment) -> str:
+    """Return the command that shows the failures of a service, if its breaker holds nodes."""
+    held = any(each.startswith("breaker ") for each in at_work.reasons)
+    return f"Type: {deployment.command} rlm breakers" if held else ""
 
 
 def _merging(at_work: NodesAtWork, running: int) -> str:
@@ -88,7 +97,8 @@ def _idle(
         others = f"{count(at_work.queued, 'node')} queued and {at_work.parked} parked"
         return f"It stands still, with {count(sum(lost.values()), 'node')} left behind, {others}."
     if at_work.parked:
-        return f"It waits: {_are(at_work.parked)} parked ({_because(at_work)})."
+        because = f" ({_because(at_work)})" if at_work.reasons else ""
+        return f"It waits: {_are(at_work.parked)} parked{because}."
     idle = f"No node of it has begun for {duration((now_ms - last_begun_ms(facts)) / 1000)}"
     return f"{idle}; {_are(at_work.queued)} in queue {facts['queue']}."
 

@@ -446,7 +446,8 @@ CAUSES: dict[str, tuple[Injection, dict[str, str]]] = {
     "a worker without the operation": (
         no_operations,
         {
-            "explain": r"No worker of queue \S+ knows operation 'cause\.fails': set RLM_OPERATIONS "
+            "explain": r"(parked|worker)\. No worker of queue \S+ knows operation "
+            r"'cause\.fails': set RLM_OPERATIONS "
             r"of worker \S+ to tests\.integration\.cause_ops, and restart",
             "doctor": r"fault operations: no worker knows .* Set RLM_OPERATIONS="
             r"\S*tests\.integration\.cause_ops",
@@ -501,7 +502,8 @@ CAUSES: dict[str, tuple[Injection, dict[str, str]]] = {
     "an open breaker": (
         submitted(operation="cause.broken", items=[0, 1], type="sequential"),
         {
-            "explain": r"parked \(breaker sepa: its circuit is open",
+            "explain": r"parked \(breaker sepa: its circuit is open\)\. "
+            r"Type: celery -A \S+ rlm breakers$",
             "operations": r"cause\.broken open",
             "doctor": r"warning breakers: breakers refuse calls: sepa \(open\).* rlm breakers",
         },
