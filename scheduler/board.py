@@ -79,7 +79,9 @@ class HostReport(msgspec.Struct, frozen=True):
     operations: dict[str, int] | None = None
     """Operation, or its `fingerprint`, -> version here; None: not reported, or too many."""
     services: dict[str, str] = {}  # operation -> service of its guards, if it has another name
-    draining: bool = False  # it takes no more work, because it ends
+    draining: bool = False  # it takes no more work, because it ends or an operator said so
+    drained: tuple[str, ...] = ()  # names of the queues that it consumes again after rlm_resume
+    deaf_s: float = 0.0  # seconds for which it has consumed no queue; 0: it consumes one
     broker: str = ""  # URL of its broker without the password; '' if not reported
     limits: tuple[DeclaredLimit, ...] = ()
     endpoints: tuple[DeclaredEndpoint, ...] = ()

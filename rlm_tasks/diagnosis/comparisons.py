@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
 from rlm_tasks.jobs.spec import SCHEMA
-from rlm_tasks.ledger.obstacles import Deployment, gone
+from rlm_tasks.ledger.obstacles import Deployment, connects, deaf, drains, gone, resume
 from rlm_tasks.operations import registry
 from rlm_tasks.settings.document import fingerprints
 from rlm_tasks.settings.model import Settings
@@ -49,11 +49,14 @@ def _workers(deployment: Deployment) -> Iterator[Finding]:
         return
     slots = count(sum(host.slots for host in hosts), "slot")
     yield Finding("workers", "ok", f"{len(hosts)} reporting, with {slots}")
-    if deaf := [host.worker for host in hosts if not host.queues and not host.draining]:
-        found = f"{listed(deaf, noun='worker')} consumes no queue: its broker may be away"
-        yield Finding(
-            "workers", "fault", found, f"Type: {deployment.command} inspect active_queues"
-        )
+    if found := deaf(hosts):
+        advice = f"Check the broker. Type: {deployment.command} inspect active_queues"
+        yield Finding("workers", "fault", found, advice)
+    if found := connects(hosts):
+        yield Finding("workers", "warning", found, "Ask again in a few seconds")
+    if ending := [host for host in hosts if host.draining]:
+        found = drains(ending).rstrip(".")
+        yield Finding("workers", "warning", found, resume(ending, deployment.command))
     if lost:
         found = f"lost within the last hour: {listed(lost)}"
         yield Finding("workers", "warning", found, "See their logs, and those of the system")

@@ -23,7 +23,7 @@ from rlm_tasks import import_path
 from rlm_tasks.diagnosis.comparisons import compare
 from rlm_tasks.errors import JobUnreadable
 from rlm_tasks.installation import command_of
-from rlm_tasks.ledger.obstacles import Deployment, obstacle
+from rlm_tasks.ledger.obstacles import Deployment, connects, obstacle
 from rlm_tasks.operations import registry
 from rlm_tasks.version import __version__
 from rlm_tasks.words import age, count, duration
@@ -96,8 +96,9 @@ def _shared(client: Client, app: Celery, clock: Callable[[], float]) -> Iterator
     hosts = deployment.workers.live
     yield from compare(deployment, client.settings)
     yield from _clocks_there(board, hosts)
-    yield from _queues(_names(client), hosts, depths, command)
-    yield from _stuck(client, deployment)
+    if not connects(hosts):  # a worker that connects may soon consume all queues
+        yield from _queues(_names(client), hosts, depths, command)
+        yield from _stuck(client, deployment)
     yield from _astray(client, app)
     yield from _dead_letters(client)
     yield from _monitor(board, hosts, client, command)
@@ -376,7 +377,9 @@ def _queues(
         for name in left
         if depths and name in depths and depths[name].depth
     }
-    advice = f"Type: {command} worker -Q {','.join(left)}"
+    drained = {name for host in hosts for name in host.drained}
+    how = "control rlm_resume" if drained.issuperset(left) else f"worker -Q {','.join(left)}"
+    advice = f"Type: {command} {how}"
     if waiting:
         counts = ", ".join(f"{depth} in {name}" for name, depth in waiting.items())
         found = f"messages wait that no worker consumes: {counts}"

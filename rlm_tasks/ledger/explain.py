@@ -52,13 +52,20 @@ def explain(
     elif running:
         what = _running(at_work, running)
     else:
-        # Nodes that no worker can run are parked for this reason, which `blocked` says better.
-        shown = replace(at_work, reasons={}) if blocked and at_work.parked else at_work
-        what = _idle(facts, shown, now_ms, lost)
+        what = _idle(facts, _told_once(at_work) if blocked else at_work, now_ms, lost)
         if not (blocked or lost or at_work.parked) and at_work.queued:
             blocked = waiting(facts["queue"], deployment, sweep_s)
     told = blocked if blocked and not running else _left_behind(lost, deployment)
     return f"{what} {told or _breaker_hint(at_work, deployment)}".rstrip()
+
+
+def _told_once(at_work: NodesAtWork) -> NodesAtWork:
+    """Return nodes without the reasons that a worker gave which cannot run them.
+
+    The sentence on what blocks the job tells the same of all workers, and what to do.
+    """
+    kept = {why: held for why, held in at_work.reasons.items() if not why.startswith("worker ")}
+    return replace(at_work, reasons=kept)
 
 
 def _breaker_hint(at_work: NodesAtWork, deployment: Deployment) -> str:

@@ -16,6 +16,9 @@ from rlm_tasks.words import age, count, duration, listed
 from scheduler.board import Departed, HostReport, Workers, version_on
 from scheduler.queues import QueueReport
 
+CONNECTS_S = 5.0
+"""A worker that starts reaches its broker within this time; Celery's mingle alone takes 1 s."""
+
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
@@ -33,17 +36,14 @@ def obstacle(spec: JobSpec, deployment: Deployment) -> str:
     The text is one or two whole sentences.
     """
     workers, command = deployment.workers, deployment.command
-    serving = workers.of_queue(spec.queue)
-    if not serving:
-        return f"Nobody works on it: {_nobody(spec.queue, workers, command)}"
-    if deployment.queues is None:
+    if deployment.queues is None and workers.live:
         return "The broker does not answer, so no message reaches a worker."
+    serving = workers.of_queue(spec.queue)
     if all(host.draining for host in serving):
-        drains = _verb(serving, "drains, and takes", "drain, and take")
-        return (
-            f"Nobody works on it: {_names(serving)} {drains} no more work. If nobody stops "
-            f"{_verb(serving, 'it', 'them')}, type: {command} control rlm_resume"
-        )
+        drained = [host for host in workers.live if spec.queue in host.drained]
+        if ending := [*serving, *drained]:
+            return f"Nobody works on it: {drains(ending)} {resume(ending, command)}"
+        return f"Nobody works on it: {_nobody(spec.queue, workers, command)}"
     return unfit(spec.operation, spec.version, spec.schema, serving, spec.queue)
 
 
@@ -85,12 +85,8 @@ def _nobody(queue: str, workers: Workers, command: str) -> str:
     if last is not None:
         others = f"no other worker consumes queue {queue}"
         return f"{gone(last)}, and {others}. Type: {_start(queue, workers, command)}"
-    if deaf := [host for host in workers.live if not host.queues]:
-        broker = deaf[0].broker or "unknown"
-        return (
-            f"{_names(deaf)} {_verb(deaf, 'reports', 'report')} no queue: the connection to the "
-            f"broker ({broker}) may be lost."
-        )
+    if said := connects(workers.live) or deaf(workers.live):
+        return f"{said}."
     if workers.live:
         return (
             f"no worker consumes queue {queue}; {_consumed(workers.live)}. "
@@ -100,6 +96,43 @@ def _nobody(queue: str, workers: Workers, command: str) -> str:
         f"no worker reports. Type: {command} worker; if one runs, it needs the same RLM_REDIS_URL "
         "and RLM_NAMESPACE."
     )
+
+
+def connects(hosts: Sequence[HostReport]) -> str:
+    """Return which workers connect to their broker just now; '' if none does."""
+    found = [host for host in _without_queue(hosts) if host.deaf_s < CONNECTS_S]
+    if not found:
+        return ""
+    return (
+        f"{_names(found)} {_verb(found, 'connects', 'connect')} to the broker "
+        f"({found[0].broker or 'unknown'}), and {_verb(found, 'consumes', 'consume')} no queue yet"
+    )
+
+
+def deaf(hosts: Sequence[HostReport]) -> str:
+    """Return which workers have consumed no queue for long, and since when; '' if none."""
+    found = [host for host in _without_queue(hosts) if host.deaf_s >= CONNECTS_S]
+    if not found:
+        return ""
+    return (
+        f"{_names(found)} {_verb(found, 'has', 'have')} consumed no queue for "
+        f"{duration(min(host.deaf_s for host in found))}: the connection to the broker "
+        f"({found[0].broker or 'unknown'}) may be lost"
+    )
+
+
+def _without_queue(hosts: Sequence[HostReport]) -> list[HostReport]:
+    return [host for host in hosts if not host.queues and not host.draining]
+
+
+def drains(hosts: Sequence[HostReport]) -> str:
+    """Return a sentence on workers that drain."""
+    return f"{_names(hosts)} {_verb(hosts, 'drains, and takes', 'drain, and take')} no more work."
+
+
+def resume(hosts: Sequence[HostReport], command: str) -> str:
+    """Return the command by which workers that drain take work again."""
+    return f"If nobody stops {_verb(hosts, 'it', 'them')}, type: {command} control rlm_resume"
 
 
 def _start(queue: str, workers: Workers, command: str) -> str:

@@ -125,14 +125,11 @@ class WorkerHealth:
         connected = connection is not None and bool(connection.connected)
         if not (connected and self._watches_loop):
             self._looped_at = now  # the loop does not run while the worker connects
-        consuming = connected and bool(
-            getattr(consumer, "task_consumer", None) and consumer.task_consumer.queues
-        )
         return ProbeInputs(
             supervisor_s=now - supervisor.ticked_at if supervisor.is_alive() else float("inf"),
             loop_s=now - self._looped_at,
             ledger_s=now - supervisor.answered_at,
-            consuming=consuming,
+            consuming=bool(supervisor.queues()),
             draining=self._runtime.page.draining,
         )
 

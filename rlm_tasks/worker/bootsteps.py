@@ -77,9 +77,12 @@ class PoolFacts:
         self.autoscaler = getattr(worker, "autoscaler", None)
 
     def queues(self) -> list[str]:
-        """Return the queues that the worker consumes now."""
+        """Return the queues that the worker consumes now; none while its broker is away."""
+        connection = getattr(self._worker.consumer, "connection", None)
         consumer = getattr(self._worker.consumer, "task_consumer", None)
-        return [queue.name for queue in consumer.queues] if consumer else []
+        if not (consumer and connection and connection.connected):
+            return []
+        return [queue.name for queue in consumer.queues]
 
     def slots(self) -> int:
         """Return the number of slots that the pool has or may have soon; 0 while it stops.

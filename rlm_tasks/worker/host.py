@@ -61,6 +61,8 @@ class Host:
         self._own: HostVerdict | None = None
         self._orders: Orders | None = None
         self._received_at = float("-inf")
+        self._consumed_at = clock()  # when it last consumed a queue
+        self.drained: list[str] = []  # queues that it does not consume until `Supervisor.resume`
         QueueOrder.facts = Facts(
             ages=self._ages,
             running=running,
@@ -132,6 +134,9 @@ class Host:
         """Return the report of this host and its worker."""
         unknown = Level.ELEVATED if self._runtime.settings.pressure.enabled else Level.NORMAL
         own = self._own or HostVerdict(unknown, 0.0, "it could not be measured")
+        queues, now = tuple(self._queues()), self._clock()
+        if queues:
+            self._consumed_at = now
         return HostReport(
             worker=self._runtime.worker,
             level=own.level,
@@ -139,16 +144,18 @@ class Host:
             why=own.why,
             slots=self._pool_size(),
             busy=len(state.reserved_requests),
-            queues=tuple(self._queues()),
+            queues=queues,
             active=dict(_active()),
             sample=self._sample,
             version=__version__,
             schema=SCHEMA,
-            at=round(self._clock(), 3),
+            at=round(now, 3),
             refusing=own.refusing,
             refusing_why=own.refusing_why,
             operations=reported(registry.versions()),
             draining=self._runtime.page.draining,
+            drained=tuple(self.drained),
+            deaf_s=round(max(0.0, now - self._consumed_at), 1),
             **self._declared,
         )
 

@@ -96,7 +96,7 @@ class Supervisor(threading.Thread):
         self._stopping = False
         # An Event would lock up when a signal's handler sets it while it is being set.
         self._wakeups: SimpleQueue[None] = SimpleQueue()
-        names = ("measure", "offer", "processes", "beat", "sweep", "trim")
+        names = ("measure", "exchange", "offer", "processes", "beat", "sweep", "trim")
         self._due = dict.fromkeys(names, 0.0)
         self._broken_jobs: dict[str, None] = {}
         self._sweep_not_before = 0.0
@@ -105,7 +105,6 @@ class Supervisor(threading.Thread):
         self._offered: tuple[int, int] | None = None  # all slots and free slots, as published
         self._reaped_at: dict[int, float] = {}  # pid -> when it was found reaped, cause unknown
         self._given_back: dict[int, str] = {}  # pid -> token of a node that its process gave up
-        self._drained_queues: list[str] = []  # not consumed until `resume`
         self._announced = 0  # ranks of urgent work announced since the last exchange began
         # Times of the last tick, and of the last tick at which the ledger answered.
         self.ticked_at = self.answered_at = self._clock()
@@ -138,8 +137,8 @@ class Supervisor(threading.Thread):
         self._wakeups.put(None)
 
     def begin(self) -> None:
-        """Offer slots at once for the queues that are now consumed, not a second later."""
-        self._offered = None
+        """Offer slots and report at once the queues that are now consumed, not a second later."""
+        self._offered, self._due["exchange"] = None, 0.0
         self.wake()
 
     def drain(self, queues: list[str]) -> None:
@@ -147,13 +146,13 @@ class Supervisor(threading.Thread):
 
         `queues` are the queues that the worker no longer consumes.
         """
-        self._drained_queues += [each for each in queues if each not in self._drained_queues]
+        self.host.drained += [each for each in queues if each not in self.host.drained]
         self._runtime.page.draining = True
         self.wake()
 
     def resume(self) -> list[str]:
         """Offer slots again; return the queues that are to be consumed again."""
-        queues, self._drained_queues = self._drained_queues, []
+        queues, self.host.drained = self.host.drained, []
         if queues:
             self._runtime.page.draining = False
             self.wake()
@@ -189,7 +188,7 @@ class Supervisor(threading.Thread):
 
     def _tick(self, now: float) -> None:
         ledger = self._runtime.settings.ledger
-        if measured := now >= self._due["measure"]:
+        if now >= self._due["measure"]:
             self._due["measure"] = now + REFRESH_S
             self.host.measure(now)
         if self._ledger_away:
@@ -198,7 +197,8 @@ class Supervisor(threading.Thread):
         if not self._settings_checked:
             self._check_settings()
         self._offer(now)
-        if measured:
+        if now >= self._due["exchange"]:
+            self._due["exchange"] = now + REFRESH_S
             self._exchange(now)
         self.revocations.apply()
         if now >= self._due["processes"]:

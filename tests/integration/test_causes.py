@@ -202,6 +202,27 @@ def draining_worker(site: Site) -> Iterator[Scene]:
 
 
 @contextmanager
+def drained_worker(site: Site) -> Iterator[Scene]:
+    environment = site.environment()
+    with client_of(environment) as client, site.worker(environment):
+        wait_until(lambda: any(host.queues for host in client.status().hosts))
+        assert client.app.control.broadcast("rlm_drain", reply=True, limit=1, timeout=10)
+        wait_until(lambda: all(not host.queues for host in client.status().hosts))
+        yield Scene(client, client.submit(operation="cause.fails", items=["x"]))
+
+
+@contextmanager
+def deaf_worker(site: Site) -> Iterator[Scene]:
+    """A worker whose own broker goes away."""
+    environment = site.environment()
+    with client_of(environment) as client, ExitStack() as stack:
+        with embedded.server() as broker:
+            stack.enter_context(site.worker({**environment, "RLM_BROKER_URL": broker.url}))
+            wait_until(lambda: any(host.queues for host in client.status().hosts))
+        yield Scene(client, client.submit(operation="cause.fails", items=["x"]))
+
+
+@contextmanager
 def wrong_queue(site: Site) -> Iterator[Scene]:
     environment = site.environment()
     low = f"{environment['RLM_NAMESPACE']}.low"
@@ -435,6 +456,24 @@ CAUSES: dict[str, tuple[Injection, dict[str, str]]] = {
         draining_worker,
         {"explain": NOBODY + r"worker \S+ drains, and takes no more work"},
     ),
+    "a worker that an operator drained": (
+        drained_worker,
+        {
+            "explain": NOBODY + r"worker \S+ drains, and takes no more work\. If nobody stops it, "
+            r"type: celery -A \S+ control rlm_resume",
+            "doctor": r"warning workers: worker \S+ drains.*"
+            r"fault queues: messages wait .*\. Type: celery -A \S+ control rlm_resume",
+        },
+    ),
+    "a worker that lost its broker": (
+        deaf_worker,
+        {
+            "explain": NOBODY + r"worker \S+ has consumed no queue for [\d.]+ s: the connection to "
+            r"the broker \(redis://127\.0\.0\.1:\d+/0\) may be lost",
+            "doctor": r"fault workers: worker \S+ has consumed no queue for .* "
+            r"inspect active_queues",
+        },
+    ),
     "a worker of another queue": (
         wrong_queue,
         {
@@ -648,8 +687,8 @@ def test_each_cause_has_the_right_sentence_in_each_place(site: Site, cause: str)
 
 def check_commands(text: str) -> None:
     """Assert that each command that a text advises exists, with its options."""
-    for found in re.findall(r"celery -A \S+((?: [\w@./:=-]+)+)", text):
-        name, *words = found.rstrip(".:").split()
+    for found in re.findall(r"celery -A \S+((?: [\w@./:=-]*[\w@/=-])+)", text):
+        name, *words = found.split()
         if name == "rlm":
             _resolve(rlm, words)
         elif name in ("inspect", "control"):

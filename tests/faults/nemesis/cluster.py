@@ -147,7 +147,7 @@ class Worker:
         supervisor = Supervisor(self.runtime, {}, lambda: SLOTS, lambda: [QUEUE])
         supervisor._wakeups = _Wakeups(self._simulation)  # type: ignore[assignment]
         supervisor._settings_checked = True
-        supervisor._due["measure"] = float("inf")
+        supervisor._due |= dict.fromkeys(("measure", "exchange"), float("inf"))
         self.supervisor = self._simulation.start(f"{name} supervisor", supervisor.run, self)
         for _ in range(SLOTS):
             self.add_process()

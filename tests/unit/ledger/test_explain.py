@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import msgspec
 import pytest
+from msgspec.structs import replace
 
 from rlm_tasks.jobs.spec import SCHEMA, JobSpec
 from rlm_tasks.ledger.obstacles import Deployment, obstacle, waiting
@@ -32,6 +32,10 @@ def around(
 ) -> Deployment:
     found = {name.replace("_", "."): report for name, report in queues.items()}
     return Deployment(Workers(live, departed), found, BROKER, COMMAND)
+
+
+def deaf(name: str, seconds: float) -> HostReport:
+    return replace(host(name), queues=(), broker="redis://:***@b/2", deaf_s=seconds)
 
 
 @pytest.mark.parametrize(
@@ -65,9 +69,21 @@ def around(
             "unit.high and unit.low. Type: celery -A shop worker -Q unit.normal",
         ),
         (
-            around(msgspec.structs.replace(host("w1"), queues=(), broker="redis://:***@b/2")),
-            "Nobody works on it: worker w1 reports no queue: the connection to the broker "
-            "(redis://:***@b/2) may be lost.",
+            around(deaf("w1", 12.3)),
+            "Nobody works on it: worker w1 has consumed no queue for 12 s: the connection to the "
+            "broker (redis://:***@b/2) may be lost.",
+        ),
+        (
+            around(deaf("w1", 1.3), deaf("w2", 40)),
+            "Nobody works on it: worker w1 connects to the broker (redis://:***@b/2), and consumes "
+            "no queue yet.",
+        ),
+        (
+            around(
+                replace(host("w1", draining=True), queues=(), drained=(QUEUE,)), host("w2", "q")
+            ),
+            "Nobody works on it: worker w1 drains, and takes no more work. If nobody stops it, "
+            "type: celery -A shop control rlm_resume",
         ),
         (
             around(host("w1", draining=True)),
@@ -100,7 +116,7 @@ def test_a_job_that_no_worker_can_run_says_why_and_what_to_do(
 
 
 def test_a_job_of_a_newer_version_names_both_versions(spec: JobSpec) -> None:
-    newer = msgspec.structs.replace(spec, version=3)
+    newer = replace(spec, version=3)
     assert obstacle(newer, around(host("w1", operations={"sum": 2}))) == (
         "It needs version 3 of operation 'sum', and the workers of queue unit.normal have version "
         "2: install the newer code there, and restart them."

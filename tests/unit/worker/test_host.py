@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -58,8 +59,14 @@ class Machine:
         self.runtime = self.platform.runtime
         self.page, self.board = self.runtime.page, self.runtime.board
         broker = "redis://:secret@broker:6379/1"
-        self.host = Host(self.runtime, lambda: 4, lambda: self.queues, broker=broker)
-        self.now = 1000.0
+        self.now, self.later_s = 1000.0, 0.0
+        self.host = Host(
+            self.runtime,
+            lambda: 4,
+            lambda: self.queues,
+            lambda: time.time() + self.later_s,
+            broker=broker,
+        )
 
     def measure(self, memory_pct: float | None = 20.0, times: int = 2) -> Level:
         """Take that number of samples, a second apart; return the level of nodes."""
@@ -232,6 +239,16 @@ def test_the_report_of_a_host(machine: Machine) -> None:
         settings=fingerprints(machine.runtime.settings),
     )
     assert abs(machine.board.clocks()["unit"]) < 5, "in this test its clock is that of the server"
+
+
+def test_a_report_has_the_time_for_which_the_worker_has_consumed_no_queue(machine: Machine) -> None:
+    assert machine.host.report().deaf_s == 0
+    machine.queues.clear()
+    machine.later_s = 7
+    assert machine.host.report().queues == ()
+    assert machine.host.report().deaf_s == pytest.approx(7, abs=2)
+    machine.queues.append("unit.high")
+    assert machine.host.report().deaf_s == 0
 
 
 def test_one_exchange_is_one_round_trip(machine: Machine) -> None:

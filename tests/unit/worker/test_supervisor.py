@@ -60,6 +60,20 @@ def test_a_dead_process_is_left_to_celery_for_a_while() -> None:
     assert (record.state, record.lost_by) == ("q", REAPED)
 
 
+def test_a_worker_reports_the_queues_that_it_begins_to_consume_at_once() -> None:
+    platform, queues = Platform(), list[str]()
+    supervisor = Supervisor(platform.runtime, {}, lambda: 1, lambda: queues)
+    supervisor._tick(100.0)
+    queues.append("unit.normal")
+    supervisor._tick(100.1)
+    assert [host.queues for host in platform.runtime.board.hosts()] == [()]
+
+    supervisor.begin()
+    supervisor._tick(100.2)
+
+    assert [host.queues for host in platform.runtime.board.hosts()] == [("unit.normal",)]
+
+
 def outage_in_merges(platform: Platform, monkeypatch: pytest.MonkeyPatch) -> JobSpec:
     """Return a job whose only node has lost Redis before it closed the job."""
 
