@@ -112,7 +112,7 @@ def share_of(progress: Progress) -> float:
 
 def facts_of(progress: Progress) -> str:
     """Return status, share, failures, rate and remaining time: "running, 12%, 3 failed"."""
-    from rlm_tasks.jobs.endings import shown_progress
+    from rlm_tasks.jobs.endings import shown_progress, shown_rate
     from rlm_tasks.words import duration
 
     at = progress
@@ -122,7 +122,7 @@ def facts_of(progress: Progress) -> str:
     parts += [f"round {at.round}"] if at.round else []
     parts += ["validating"] if at.phase == "validate" else []
     if not at.status.final:
-        parts += [f"{at.rate:,.1f}/s"] if at.rate else []
+        parts += [f"{rate:,.1f}/s"] if (rate := shown_rate(at)) else []
         parts += [f"{duration(at.eta_s)} left"] if at.eta_s else []
     return ", ".join(parts)
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from resilience.degradation import Level
 from rlm_tasks.errors import JobNotFound
 from rlm_tasks.installation import command_of
-from rlm_tasks.jobs.endings import ENDINGS, shown, shown_progress
+from rlm_tasks.jobs.endings import ENDINGS, shown, shown_progress, shown_rate
 from rlm_tasks.jobs.item_failures import alike
 from rlm_tasks.results import COLUMNS, Progress, Status, rows
 from rlm_tasks.telemetry.exposition import BREAKER_STATES
@@ -225,7 +225,8 @@ def job(client: Client, job_id: str) -> Picture:
     return Picture(
         sentence=f"{handle.explain(message=shows)}{_pace(at)}",
         heading=spec.description or spec.operation,
-        about=f"{spec.operation} · {spec.priority} priority · {job_id}",
+        about=f"{f'{spec.operation} · ' if spec.description else ''}"
+        f"{spec.priority} priority · {job_id}",
         cards=cards,
         tables=[
             *_failures(handle.failures(), at.failed, shows=shows),
@@ -239,10 +240,10 @@ def job(client: Client, job_id: str) -> Picture:
 
 
 def _pace(at: Progress) -> str:
-    """Return the rate and the remaining time; '' while unknown."""
-    if not at.rate:
+    """Return the rate and the remaining time; '' while unknown, and for an idle job."""
+    if not (rate := shown_rate(at)):
         return ""
-    parts = (f"{counted(round(at.rate, 1), 'item')} per second", _remaining(at))
+    parts = (f"{counted(round(rate, 1), 'item')} per second", _remaining(at))
     return f" {', '.join(filter(None, parts))}."
 
 

@@ -85,6 +85,11 @@ def shown_progress(at: Progress) -> tuple[str, Tone]:
     )
 
 
+def shown_rate(at: Progress) -> float:
+    """Return the items per second of a job; 0.0 when it is idle: a mean would look like work."""
+    return 0.0 if at.idle_s > IDLE_S else at.rate
+
+
 def sentence(facts: Mapping[str, str], now_ms: int | None = None) -> str:
     """Return how an ended job ended and its counts of items, from its facts in the ledger.
 

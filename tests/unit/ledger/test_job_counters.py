@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from rlm_tasks.client.job_reader import progress_of
-from rlm_tasks.jobs.endings import shown_progress
+from rlm_tasks.jobs.endings import shown_progress, shown_rate
 from rlm_tasks.jobs.spec import JobSpec
 from rlm_tasks.ledger.job_counters import JobReading, read_counters
 from rlm_tasks.requests import JobRequest
@@ -69,6 +69,8 @@ def test_the_idle_time_begins_with_the_last_node(platform: Platform, spec: JobSp
     assert at.idle_s == pytest.approx(30, abs=2)
     assert re.fullmatch(r"running, idle (29|30|31) s", shown_progress(at)[0])
     assert shown_progress(replace(at, idle_s=0.0)) == ("running", "active")
+    at = replace(at, rate=2.5)
+    assert (shown_rate(at), shown_rate(replace(at, idle_s=0.0))) == (0.0, 2.5)
 
 
 def test_an_ended_job_is_not_idle(platform: Platform, spec: JobSpec) -> None:
