@@ -147,8 +147,10 @@ class JobReader:
         if Status(facts["state"]).final:
             ended = sentence(facts, self._ledger.clock.now_ms())
             return f"{ended}{self._blamed(facts, message=message)}"
+        if (refused := self._session.store.refusal()) is not None:
+            return f"No job goes on: {refused}."
         at_work = held_nodes(self._ledger, self.id, facts)
-        why = explain(
+        return explain(
             facts,
             at_work if message else at_work.without_texts(),
             self._now_ms(),
@@ -156,8 +158,6 @@ class JobReader:
             self._session.deployment(),
             sweep_s=self._session.settings.ledger.sweep_s,
         )
-        refused = self._session.store.refusal()
-        return why if refused is None else f"No job goes on: {refused}. {why}"
 
     @property
     def trace_id(self) -> str:

@@ -636,7 +636,7 @@ CAUSES: dict[str, tuple[Injection, dict[str, str]]] = {
     "a full Redis": (
         refusing("full"),
         {
-            "explain": r"No job goes on: Redis at \S+ is full .* raise its maxmemory",
+            "explain": r"No job goes on: Redis at \S+ is full .* raise its maxmemory[^.]*\.$",
             "doctor": r"fault writes: Redis at \S+ is full",
         },
     ),
